@@ -1,0 +1,28 @@
+# `make demo` and `make test` need only python 3.11 (or newer), pip and make: each sets up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.ready
+
+.PHONY: demo test test-slow lint clean
+
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(SETUP)  ## bare AdamW beside the wrapped one on real MNIST images, healthy and sick (under 3 minutes)
+	$(BIN)/python scripts/demo.py
+
+test: $(SETUP)  ## the default suite (under 6 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: $(SETUP)  ## the long checks
+	$(BIN)/python -m pytest -m slow
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv runs outputs multirun

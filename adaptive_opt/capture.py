@@ -1,0 +1,346 @@
+"""Remembers the batch of the present step: forward hooks on the model and the loss, and the weight that backward gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KEEP_UNUSED = 8  # forward passes without a backward (validation, GAN) that are remembered before the oldest goes
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """The state around a forward pass that a replay must meet again."""
+
+    rng: dict[str, Tensor]  # device type (and index) -> generator state
+    autocast: tuple[str, bool, torch.dtype]
+    training: tuple[bool, ...]  # mode of each module, in the order of modules()
+
+    @classmethod
+    def now(cls, modules: Iterable[nn.Module], device: torch.device) -> Ambient:
+        kind = device.type
+        cast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        return cls(rng_state(device), cast, tuple(m.training for m in modules))
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the CPU generator and, if there is one, of the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[str(device)] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: Mapping[str, Tensor]) -> None:
+    for name, state in states.items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(torch.device(name)).set_rng_state(state, torch.device(name))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands in a loss call's arguments where the model's output, or a view of it, goes."""
+
+    index: int  # which tensor of the model's output
+    view: tuple[torch.Size, tuple[int, ...], int] | None  # size, stride, offset; None: the tensor itself
+    rows: int | None  # the view is a plain reshape with that many rows for each row of the output
+
+    def fill(self, outputs: list[Tensor]) -> Tensor:
+        out = outputs[self.index]
+        if self.view is None:
+            return out
+        size, stride, offset = self.view
+        if self.rows is not None:
+            return out.reshape(self.rows * out.shape[0], *size[1:])
+        return out.as_strided(size, stride, out.storage_offset() + offset)
+
+
+@dataclass
+class LossCall:
+    """One evaluation of the loss on a model call's output."""
+
+    args: Any  # (args, kwargs) with Slots; None: the model's own output.loss
+    value: Tensor  # detached
+    weight: Tensor | None = None  # d(what the user called backward on) / d(this loss); None until backward ran
+
+
+@dataclass
+class ModelCall:
+    """One forward pass of the model and the losses taken of it."""
+
+    inputs: Any  # (args, kwargs), by reference
+    ambient: Ambient
+    outputs: list[Tensor] | None = None  # let go of when backward has run
+    output_rows: tuple[int, ...] = ()  # first dimension of each output tensor
+    losses: list[LossCall] = field(default_factory=list)
+    refusal: str | None = None  # why this call cannot be replayed
+
+    @property
+    def weighted(self) -> bool:
+        return any(call.weight is not None for call in self.losses)
+
+
+class Capture:
+    """Forward hooks on `model` and `loss_fn` that remember, by reference, what the next step is made of."""
+
+    def __init__(self, model: nn.Module, loss_fn: nn.Module | None):
+        self.model = original(model)
+        self.loss_fn = loss_fn
+        self.modules = [*self.model.modules(), *(loss_fn.modules() if loss_fn is not None else ())]
+        self.calls: list[ModelCall] = []
+        self.armed = True  # False: forward passes are not remembered (a replay, or nobody will ask)
+        self.problem: str | None = None  # why the latest loss could not be captured
+        self.handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model),
+        ]
+        if loss_fn is not None:
+            self.handles.append(loss_fn.register_forward_hook(self._after_loss, with_kwargs=True))
+
+    @property
+    def listening(self) -> bool:
+        # Inside a traced graph nothing can be remembered: hooks on the module that torch.compile returns run outside it.
+        return self.armed and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.calls.clear()
+
+    def step_calls(self) -> list[ModelCall]:
+        """The calls whose loss went backward since the last step: what p.grad is made of."""
+        return [call for call in self.calls if call.weighted or call.refusal]
+
+    def forget_used(self) -> None:
+        """Drop what has gone backward: the step is done, or the gradients were cleared."""
+        self.calls = [call for call in self.calls if not (call.weighted or call.refusal)]
+
+    def loss(self) -> Tensor | None:
+        """Weighted mean of the losses that went backward, on the device; None without any."""
+        pairs = [(c.value, c.weight) for call in self.calls for c in call.losses if c.weight is not None]
+        if not pairs:
+            return None
+        total = torch.stack([(v * w).sum().float() for v, w in pairs]).sum()
+        return total / torch.stack([w.sum().float() for _, w in pairs]).sum()
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.listening:
+            return
+        unused = [call for call in self.calls if not call.weighted]
+        if len(unused) >= KEEP_UNUSED:
+            self.calls.remove(unused[0])
+        inputs = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
+        ambient = Ambient.now(self.modules, device_of(module))
+        self.calls.append(ModelCall(inputs, ambient))
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not (self.listening and self.calls):
+            return
+        call = self.calls[-1]
+        call.outputs = list(tensors_in(output))
+        call.output_rows = tuple(t.shape[0] if t.dim() else 0 for t in call.outputs)
+        if self.loss_fn is None:
+            loss = own_loss(output)
+            if loss is None:
+                self.problem = "the model's output has no .loss and no loss_fn was given"
+            else:
+                self._watch(call, None, loss)
+
+    def _after_loss(self, module: nn.Module, args: tuple, kwargs: dict, loss: Any) -> None:
+        if not self.listening:
+            return
+        if not isinstance(loss, Tensor):
+            self.problem = f"loss_fn returned {type(loss).__name__}, not a tensor"
+            return
+        owner = self._owner((args, kwargs))
+        if owner is None:
+            self.problem = (
+                "loss_fn was given a tensor that is neither the model's output nor a view of it; move the computation "
+                "between model and loss_fn into one of them, or pass objective="
+            )
+            if self.calls:
+                self.calls[-1].refusal = self.problem
+            return
+        call, filled = owner
+        self._watch(call, filled, loss)
+
+    def _owner(self, arguments: Any) -> tuple[ModelCall, Any] | None:
+        """The latest model call whose outputs explain every tensor that carries a graph; with Slots put in."""
+        for call in reversed(self.calls):
+            if call.outputs is None:
+                continue
+            outputs = call.outputs
+            missing: list[Tensor] = []
+
+            def place(t: Tensor, outputs: list[Tensor] = outputs, missing: list[Tensor] = missing) -> Any:
+                slot = find_slot(t, outputs)
+                if slot is not None:
+                    return slot
+                if t.requires_grad and t.grad_fn is not None:
+                    missing.append(t)
+                return t
+
+            placed = map_tensors(place, arguments)
+            if not missing and any(isinstance(leaf, Slot) for leaf in leaves(placed)):
+                return call, placed
+        return None
+
+    def _watch(self, call: ModelCall, arguments: Any, loss: Tensor) -> None:
+        """Remember the loss and learn its weight when backward passes through it."""
+        if not loss.requires_grad:
+            self.problem = "the loss has no graph: nothing in it requires gradients"
+            return
+        self.problem = None
+        record = LossCall(arguments, loss.detach())
+        call.losses.append(record)
+
+        def on_backward(grad: Tensor) -> None:
+            grad = grad.detach()
+            record.weight = grad if record.weight is None else record.weight + grad
+            call.outputs = None  # the graph may go
+
+        loss.register_hook(on_backward)
+
+
+def evaluate(model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall], enter: Callable[[Ambient], Any]) -> Tensor:
+    """The captured loss again, with a fresh graph: sum over the calls of weight * loss. `enter` sets the ambient state."""
+    total: Tensor | None = None
+    for call in calls:
+        with enter(call.ambient):
+            args, kwargs = call.inputs
+            output = model(*args, **kwargs)
+            outputs = list(tensors_in(output))
+            for record in call.losses:
+                if record.weight is None:
+                    continue
+                if record.args is None:
+                    loss = own_loss(output)
+                else:
+                    largs, lkwargs = map_leaves(lambda x: x.fill(outputs) if isinstance(x, Slot) else x, record.args)
+                    assert loss_fn is not None  # records with arguments come from a loss_fn
+                    loss = loss_fn(*largs, **lkwargs)
+                part = (loss * record.weight).sum()
+                total = part if total is None else total + part
+    if total is None:
+        raise RuntimeError("nothing captured: no loss has gone backward since the last step")
+    return total
+
+
+def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -> tuple[list[ModelCall], int, float] | None:
+    """The first samples of the batch as calls of their own: (calls, samples, true fraction), or None if it cannot be cut."""
+    keep = max(1, round(fraction * len(calls)))
+    scale = len(calls) / keep
+    chosen = calls[:keep]
+    if keep < len(calls):
+        sizes = [batch_size(call) for call in chosen]
+        if None in sizes:
+            return None
+        total = sum(batch_size(c) or 0 for c in calls)
+        return [_weighted(call, scale) for call in chosen], sum(s or 0 for s in sizes), sum(s or 0 for s in sizes) / max(total, 1)
+    cut = [_cut(call, loss_fn, fraction) for call in chosen]
+    if any(c is None for c in cut):
+        return None
+    samples = sum(batch_size(c) or 0 for c in cut if c is not None)
+    whole = sum(batch_size(c) or 0 for c in calls)
+    return [c for c in cut if c is not None], samples, samples / whole
+
+
+def batch_size(call: ModelCall) -> int | None:
+    """First dimension of the first tensor among the model's inputs."""
+    first = next(tensors_in(call.inputs), None)
+    return None if first is None or first.dim() == 0 else first.shape[0]
+
+
+def _weighted(call: ModelCall, scale: float) -> ModelCall:
+    losses = [LossCall(r.args, r.value, None if r.weight is None else r.weight * scale) for r in call.losses]
+    return ModelCall(call.inputs, call.ambient, None, call.output_rows, losses, call.refusal)
+
+
+def _cut(call: ModelCall, loss_fn: nn.Module | None, fraction: float) -> ModelCall | None:
+    whole = batch_size(call)
+    if whole is None:
+        return None
+    rows = max(1, round(fraction * whole))
+
+    def head(t: Any) -> Any:
+        if isinstance(t, Tensor) and t.dim() and t.shape[0] and t.shape[0] % whole == 0:
+            return t[: t.shape[0] // whole * rows]  # targets flattened to B*T rows are cut alike
+        return t
+
+    losses = []
+    for record in call.losses:
+        slots = [x for x in leaves(record.args) if isinstance(x, Slot)]
+        if any(call.output_rows[s.index] != whole or (s.view is not None and s.rows is None) for s in slots):
+            return None  # the output's first dimension is not the batch
+        weight = record.weight
+        if weight is not None and weight.dim():  # per-sample weights: the mean over fewer samples
+            weight = head(weight) * (whole / rows)
+        elif weight is not None and getattr(loss_fn, "reduction", "mean") == "sum":
+            weight = weight * (whole / rows)
+        losses.append(LossCall(map_leaves(head, record.args), record.value, weight))
+    return ModelCall(map_leaves(head, call.inputs), call.ambient, None, (), losses)
+
+
+def find_slot(t: Tensor, outputs: list[Tensor]) -> Slot | None:
+    for index, out in enumerate(outputs):
+        if t is out:
+            return Slot(index, None, None)
+    for index, out in enumerate(outputs):
+        if t._is_view() and t.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() and t.dtype == out.dtype:
+            view = (t.size(), t.stride(), t.storage_offset() - out.storage_offset())
+            plain = t.is_contiguous() and out.is_contiguous() and t.numel() == out.numel() and t.dim() and out.dim()
+            rows = t.shape[0] // out.shape[0] if plain and out.shape[0] and t.shape[0] % out.shape[0] == 0 else None
+            return Slot(index, view, rows)
+    return None
+
+
+def own_loss(output: Any) -> Tensor | None:
+    """`output.loss` of a Hugging Face model, or output["loss"]."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module behind torch.compile: a compiled graph has no second derivative."""
+    return getattr(module, "_orig_mod", module)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """fn on every leaf of nested tuples, lists and mappings; other objects are leaves."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_leaves(fn, x) for x in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_leaves(fn, x) for x in tree)
+    if isinstance(tree, dict):
+        return {k: map_leaves(fn, x) for k, x in tree.items()}
+    return fn(tree)
+
+
+def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
+    return map_leaves(lambda x: fn(x) if isinstance(x, Tensor) else x, tree)
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, (tuple, list)):
+        for x in tree:
+            yield from leaves(x)
+    elif isinstance(tree, Mapping):
+        for x in tree.values():
+            yield from leaves(x)
+    else:
+        yield tree
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    return (x for x in leaves(tree) if isinstance(x, Tensor))

@@ -1,0 +1,61 @@
+"""Numbers out of a Lanczos run: traces, counts and condition numbers (Golub and Meurant, 2010; Ubaru, Chen and Saad, 2017).
+
+With a random start vector v, uniform on the sphere, n * sum_i w_i f(theta_i) estimates trace f(A); the standard errors
+below are the exact ones of the quadratic form v' f(A) v (Var = 2 (n tr f^2 - tr^2 f) / (n + 2)), with the traces
+themselves estimated from the same run. They cover the randomness of v, not the quadrature's own error.
+"""
+
+import numpy as np
+
+from adaptive_opt.curvature.lanczos import Spectrum
+
+
+def trace_estimate(spectra: list[Spectrum]) -> tuple[float, float]:
+    """Estimate of trace(A) and its standard error, from runs with random start vectors."""
+    return _estimate([_moments(s, s.ritz_values) for s in spectra], spectra[0].dim)
+
+
+def estimate_below(spectra: list[Spectrum], threshold: float) -> tuple[float, float]:
+    """Estimate of how many eigenvalues lie below `threshold`, and its standard error."""
+    return _estimate([_moments(s, (s.ritz_values < threshold).astype(float)) for s in spectra], spectra[0].dim)
+
+
+def count_below(spectrum: Spectrum, threshold: float) -> int:
+    """Certified lower bound on the number of eigenvalues below `threshold` (Cauchy interlacing)."""
+    return int((spectrum.ritz_values < threshold).sum())
+
+
+def condition_number_bound(spectrum: Spectrum) -> float:
+    """Certified lower bound on |lambda|_max / |lambda|_min: epsilon / min_i (|theta_i| + residual_i).
+
+    Exact when the Krylov space is exhausted and reaches every eigenvalue; infinite for the zero operator's 0/0 never
+    arises because the residuals include the rounding level.
+    """
+    smallest = float((np.abs(spectrum.ritz_values) + spectrum.residuals).min())
+    return spectrum.epsilon / smallest if smallest > 0 else float("nan")
+
+
+def effective_condition_number(spectrum: Spectrum) -> float:
+    """The condition number that a step along the start vector g feels.
+
+    r = (g'|A|g)(g'|A|^-1 g) / |g|^4 by Gauss quadrature; returned is the kappa for which Kantorovich's inequality
+    r <= (kappa + 1)^2 / (4 kappa) is an equality. At least 1.
+    """
+    magnitude = np.maximum(np.abs(spectrum.ritz_values), spectrum.residuals)  # below its residual a value is unknown
+    if not magnitude.max() > 0:
+        return float("nan")
+    r = float((spectrum.weights * magnitude).sum() * (spectrum.weights / magnitude).sum())
+    c = max(2 * r - 1, 1.0)
+    return c + float(np.sqrt(c * c - 1))
+
+
+def _moments(spectrum: Spectrum, f: np.ndarray) -> tuple[float, float]:
+    """n E[f] and n E[f^2] under the run's quadrature weights."""
+    w = spectrum.weights
+    return spectrum.dim * float(w @ f), spectrum.dim * float(w @ f**2)
+
+
+def _estimate(moments: list[tuple[float, float]], n: int) -> tuple[float, float]:
+    first, second = np.mean(np.array(moments), axis=0)
+    variance = 2 * max(n * second - first**2, 0.0) / (n + 2) / len(moments)
+    return float(first), float(np.sqrt(variance))

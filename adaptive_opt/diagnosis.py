@@ -1,0 +1,98 @@
+"""diagnose: a reading and the free signals in, the conditions that hold out. Pure; thresholds are dimensionless."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from adaptive_opt.records import Condition, Diagnosis, Finding, LayerReading, Reading, Trend
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where a number becomes a condition. Sources: docs/evidence.md."""
+
+    unstable: float = 2.0  # times the stability limit; around 1 is normal (Cohen et al., 2021)
+    sharp: float = 0.8  # of the stability limit
+    negative: float = 0.01  # |lambda_min| / epsilon, from which an eigenvalue counts as negative
+    kappa_effective: float = 50.0  # median of the last three; char-GPT reads 12 to 20, all that gain from K-FAC more
+    layer_band: float = 10.0  # a layer's sigma_rms outside [1/10, 10] ...
+    chain_band: float = 1000.0  # ... or the product over all layers outside [1/1000, 1000]
+    lost: float = 0.5  # share of all progress that is gone again
+
+
+def diagnose(
+    trend: Trend,
+    reading: Reading | None = None,
+    kappas: Sequence[float] = (),
+    first_layers: Sequence[LayerReading] | None = None,
+    thresholds: Thresholds = Thresholds(),
+) -> Diagnosis:
+    """Which conditions hold in this step, most urgent first.
+
+    `reading` is this step's, or None when nothing was measured; `kappas` the last few effective condition numbers;
+    `first_layers` the layers of the run's first reading (None: this is the first).
+    """
+    t = thresholds
+    found: list[Finding] = []
+    if not trend.finite:
+        found.append(Finding(Condition.NON_FINITE, math.nan, math.nan, f"loss {trend.loss}, gradient norm {trend.grad_norm}"))
+    elif trend.spike:
+        usual = max(trend.usual_grad_norm or 0.0, 1e-30)
+        ratio = (trend.grad_norm or 0.0) / usual
+        found.append(Finding(Condition.BROKEN, ratio, 5.0, f"loss {_g(trend.loss)} and a gradient {ratio:.3g} times the usual"))
+    elif trend.lost > t.lost:
+        found.append(Finding(Condition.BROKEN, trend.lost, t.lost, f"{trend.lost:.0%} of all progress is gone again"))
+    if reading is not None:
+        found += _of_reading(reading, trend, kappas, first_layers, t)
+    if not found:
+        found.append(Finding(Condition.HEALTHY, 0.0, 0.0, "nothing stands out"))
+    return Diagnosis(trend.step, tuple(found))
+
+
+def _of_reading(
+    r: Reading, trend: Trend, kappas: Sequence[float], first: Sequence[LayerReading] | None, t: Thresholds
+) -> list[Finding]:
+    found: list[Finding] = []
+    if r.stability is not None and r.stability > t.unstable:
+        found.append(Finding(Condition.UNSTABLE, r.stability, t.unstable, f"the step is {r.stability:.3g} times its stability limit"))
+    if trend.stalled and r.lambda_min is not None and r.epsilon and r.lambda_min < -t.negative * r.epsilon:
+        size = -r.lambda_min / r.epsilon
+        sentence = f"no progress where lambda_min = {r.lambda_min:.3g} ({size:.0%} of epsilon), at least {r.delta} negative"
+        found.append(Finding(Condition.SADDLE, size, t.negative, sentence))
+    drift = _drift(r.layers, first, t)
+    if drift is not None:
+        found.append(drift)
+    if len(kappas) >= 3 and median(kappas[-3:]) > t.kappa_effective:
+        k = median(kappas[-3:])
+        found.append(Finding(Condition.ILL_CONDITIONED, k, t.kappa_effective, f"kappa_effective is {k:.3g}, median of the last three"))
+    if r.stability is not None and t.sharp < r.stability <= t.unstable:
+        found.append(Finding(Condition.SHARP, r.stability, t.sharp, f"training runs at {r.stability:.2g} of the stability limit"))
+    return found
+
+
+def _drift(layers: Sequence[LayerReading], first: Sequence[LayerReading] | None, t: Thresholds) -> Finding | None:
+    """A layer, or the chain of them, outside its band; later than the first reading only if it moved on outwards."""
+    known = [layer for layer in layers if layer.sigma_rms > 0]
+    if not known:
+        return None
+    logs = {layer.name: math.log(layer.sigma_rms) for layer in known}
+    before = {layer.name: math.log(layer.sigma_rms) for layer in first or () if layer.sigma_rms > 0}
+    worst = max(logs, key=lambda name: abs(logs[name]))
+    chain, chain_before = sum(logs.values()), sum(before.values())
+    moved_on = first is None or abs(logs[worst]) > abs(before.get(worst, 0.0)) * 1.1
+    chain_moved = first is None or abs(chain) > abs(chain_before) * 1.1
+    if abs(logs[worst]) > math.log(t.layer_band) and moved_on:
+        value = math.exp(logs[worst])
+        return Finding(Condition.DRIFTING, value, t.layer_band, f"layer {worst} multiplies the signal by {value:.3g} (sigma_rms)")
+    if abs(chain) > math.log(t.chain_band) and chain_moved:
+        value = math.exp(min(chain, 700.0))
+        sentence = f"the {len(known)} layers together multiply the signal by {value:.3g} (product of sigma_rms)"
+        return Finding(Condition.DRIFTING, value, t.chain_band, sentence)
+    return None
+
+
+def _g(x: float | None) -> str:
+    return "unknown" if x is None else f"{x:.3g}"

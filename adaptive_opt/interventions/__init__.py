@@ -1,0 +1,11 @@
+"""Interventions: done once, each with its own way back. One file an intervention."""
+
+from adaptive_opt.interventions.base import Applied, Patient, Snapshot
+from adaptive_opt.interventions.damp import Damp
+from adaptive_opt.interventions.escape import Escape
+from adaptive_opt.interventions.rollback import Rollback
+from adaptive_opt.interventions.spectral import Spectral
+
+INTERVENTIONS = {"damp": Damp, "rollback": Rollback, "escape": Escape, "spectral": Spectral}
+
+__all__ = ["INTERVENTIONS", "Applied", "Damp", "Escape", "Patient", "Rollback", "Snapshot", "Spectral"]

@@ -1,0 +1,112 @@
+"""The base optimizer's own metric: how far its next step goes per unit of gradient, and where that becomes unstable.
+
+A step is w -= lr * P m with P diagonal. Its stability is lr * lambda_max(P^1/2 H P^1/2) / limit; the limits are those of
+Cohen et al. (2021), appendix: 2 for gradient descent, 2 (1 + beta) for heavy ball as torch writes it, 2 (1 + beta) / (1 + 2 beta)
+for Nesterov, and of Cohen et al. (2022) for Adam: 2 (1 + beta1) / (1 - beta1), which is 38 at beta1 = 0.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adaptive_opt.curvature import flatten
+
+ADAM = ("Adam", "AdamW", "NAdam", "RAdam")
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The next step of the base optimizer, seen as preconditioned descent."""
+
+    root: Tensor  # (n,): sqrt(lr * P), so that groups with different lr weigh as they step
+    momentum: Tensor  # (n,): root * averaged gradient, the direction of the step in the preconditioned coordinates
+    limit: float  # the smallest over the groups
+
+
+def metric(base: Optimizer, grads: dict[Tensor, Tensor]) -> Metric | None:
+    """The metric of the step that `base` is about to take with `grads`; None for an optimizer it does not know.
+
+    The state is advanced on paper by these gradients, as `base.step()` will: at the first step too it is the step's own.
+    """
+    roots, momenta, limits = [], [], []
+    for group in base.param_groups:
+        rule = _rule(base, group)
+        if rule is None or group.get("maximize"):
+            return None
+        for p in group["params"]:
+            if p in grads:
+                scale, m = rule(group, base.state.get(p, {}), grads[p])
+                root = (float(group["lr"]) * scale).clamp_min(0).sqrt()
+                roots.append(root)
+                momenta.append(root * m)
+                limits.append(_limit(base, group))
+    return Metric(flatten(roots), flatten(momenta), min(limits)) if roots else None
+
+
+def known(base: Optimizer) -> bool:
+    """Whether `metric` knows this optimizer."""
+    return all(_rule(base, group) is not None and not group.get("maximize") for group in base.param_groups)
+
+
+Rule = Callable[[Group, dict[str, Any], Tensor], tuple[Tensor, Tensor]]
+
+
+def _rule(base: Optimizer, group: Group) -> Rule | None:
+    name = type(base).__name__
+    if name == "SGD":
+        return _sgd
+    if name in ADAM:
+        return _adam
+    return {"RMSprop": _rmsprop, "Adagrad": _adagrad}.get(name)
+
+
+def _limit(base: Optimizer, group: Group) -> float:
+    if type(base).__name__ in ADAM:
+        beta1 = float(group["betas"][0])
+        return 2 * (1 + beta1) / (1 - beta1)
+    beta = float(group.get("momentum", 0.0))
+    return 2 * (1 + beta) / (1 + 2 * beta) if group.get("nesterov") else 2 * (1 + beta)
+
+
+def _sgd(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    beta = float(group["momentum"])
+    buffer = state.get("momentum_buffer")
+    m = g if not beta or buffer is None else beta * buffer + (1 - float(group["dampening"])) * g
+    return torch.ones_like(g), m
+
+
+def _adam(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    beta1, beta2 = (float(b) for b in group["betas"])
+    t = float(state.get("step", 0)) + 1
+    m = (1 - beta1) * g + (beta1 * state["exp_avg"] if "exp_avg" in state else 0)
+    v = (1 - beta2) * g * g + (beta2 * state["exp_avg_sq"] if "exp_avg_sq" in state else 0)
+    if "max_exp_avg_sq" in state:
+        v = torch.maximum(v, state["max_exp_avg_sq"])
+    return 1 / ((v / (1 - beta2**t)).sqrt() + float(group["eps"])), m / (1 - beta1**t)
+
+
+def _rmsprop(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    alpha = float(group["alpha"])
+    v = (1 - alpha) * g * g + (alpha * state["square_avg"] if "square_avg" in state else 0)
+    if group["centered"]:
+        mean = (1 - alpha) * g + (alpha * state["grad_avg"] if "grad_avg" in state else 0)
+        v = v - mean * mean
+    scale = 1 / (v.clamp_min(0).sqrt() + float(group["eps"]))
+    buffer = state.get("momentum_buffer")
+    beta = float(group["momentum"])
+    # the buffer already holds preconditioned steps: undo that to have one direction in gradient units
+    return scale, g if not beta or buffer is None else beta * buffer / scale + g
+
+
+def _adagrad(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    total = state["sum"] + g * g if "sum" in state else g * g
+    t = float(state.get("step", 0))
+    decay = 1 + t * float(group["lr_decay"])
+    return 1 / ((total.sqrt() + float(group["eps"])) * decay), g

@@ -1,0 +1,75 @@
+"""The mode that changes nothing, and what every mode is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adaptive_opt.objective import Objective
+
+
+@dataclass
+class StepContext:
+    """What a mode or an intervention may use in one step."""
+
+    base: Optimizer
+    params: Sequence[Tensor]  # dense, real, with a gradient in this step, in the order of the param groups
+    indices: Sequence[int]  # their positions among all wrapped parameters: keys for state that must survive a checkpoint
+    objective: Objective | None  # None: no trusted replay
+    cost: float = 0.0  # gradient-equivalents that were spent on replays, added up by whoever spends them
+
+    def group_of(self, p: Tensor) -> dict[str, Any]:
+        return next(g for g in self.base.param_groups if any(q is p for q in g["params"]))
+
+
+class Mode(Protocol):
+    """Takes the step. Hyperparameters belong to the constructor, the problem to the context."""
+
+    name: str
+    needs_replay: bool
+
+    def enter(self, ctx: StepContext) -> None: ...
+    def step(self, ctx: StepContext) -> None: ...
+    def exit(self, ctx: StepContext) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class BaseStep:
+    """The wrapped optimizer as it is."""
+
+    name = "base"
+    needs_replay = False
+
+    def enter(self, ctx: StepContext) -> None:
+        pass
+
+    def step(self, ctx: StepContext) -> None:
+        ctx.base.step()
+
+    def exit(self, ctx: StepContext) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@contextmanager
+def overridden(groups: Sequence[dict[str, Any]], **values: Any) -> Iterator[None]:
+    """Param-group entries at other values inside, the user's very objects outside."""
+    kept = [{k: g[k] for k in values if k in g} for g in groups]
+    try:
+        for g, old in zip(groups, kept, strict=True):
+            g.update({k: values[k](old[k]) if callable(values[k]) else values[k] for k in old})
+        yield
+    finally:
+        for g, old in zip(groups, kept, strict=True):
+            g.update(old)

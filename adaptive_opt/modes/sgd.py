@@ -1,0 +1,74 @@
+"""SGD whose learning rate is taken from the base optimizer's own steps (SWATS: Keskar and Socher, 2017)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_opt.modes.base import StepContext
+
+
+class SGDStep:
+    """Heavy-ball SGD that takes over from the base.
+
+    During `warm_up` steps the base steps on and the learning rate is estimated as SWATS does: gamma = s's / (-s'g) for
+    the base's step s, averaged with bias correction. Then w -= gamma * lr(now) / lr(then) * m, so that the user's
+    schedule keeps its meaning. A base that is SGD already stays as it is.
+    """
+
+    name = "sgd"
+    needs_replay = False
+
+    def __init__(self, momentum: float = 0.9, warm_up: int = 10, beta: float = 0.9):
+        if not 0 <= momentum < 1 or warm_up < 1:
+            raise ValueError(f"SGDStep(momentum={momentum}, warm_up={warm_up}): momentum in [0, 1), warm_up of 1 or more")
+        self.momentum, self.warm_up, self.beta = momentum, warm_up, beta
+        self._seen, self._gamma = 0, 0.0  # EMA of gamma / lr, so that it is relative to the user's learning rate
+        self._buffers: dict[int, Tensor] = {}
+
+    def enter(self, ctx: StepContext) -> None:
+        self._seen, self._gamma, self._buffers = 0, 0.0, {}
+
+    def exit(self, ctx: StepContext) -> None:
+        self._buffers = {}
+
+    def step(self, ctx: StepContext) -> None:
+        if type(ctx.base).__name__ == "SGD":
+            ctx.base.step()
+        elif self._seen < self.warm_up:
+            self._estimate(ctx)
+        else:
+            self._descend(ctx)
+
+    @torch.no_grad()
+    def _estimate(self, ctx: StepContext) -> None:
+        before = [p.clone() for p in ctx.params]
+        ctx.base.step()
+        steps = [p - b for p, b in zip(ctx.params, before, strict=True)]
+        ss = torch.stack([(s * s).sum().float() for s in steps]).sum()
+        sg = torch.stack([(s * p.grad).sum().float() for s, p in zip(steps, ctx.params, strict=True)]).sum()
+        size, along = torch.stack([ss, -sg]).tolist()
+        lr = float(ctx.base.param_groups[0]["lr"])
+        if along > 0 and lr > 0:
+            self._seen += 1
+            self._gamma = self.beta * self._gamma + (1 - self.beta) * size / along / lr
+
+    @torch.no_grad()
+    def _descend(self, ctx: StepContext) -> None:
+        gamma = self._gamma / (1 - self.beta**self._seen) * (1 - self.momentum)  # SWATS, eq. 5 and its momentum form
+        for index, p in zip(ctx.indices, ctx.params, strict=True):
+            group = ctx.group_of(p)
+            lr = gamma * float(group["lr"])
+            if group.get("weight_decay"):
+                p.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
+            buffer = self._buffers.setdefault(index, torch.zeros_like(p))
+            buffer.mul_(self.momentum).add_(p.grad)
+            p.add_(buffer, alpha=-lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self._seen, "gamma": self._gamma, "buffers": dict(self._buffers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seen, self._gamma, self._buffers = state["seen"], state["gamma"], dict(state["buffers"])

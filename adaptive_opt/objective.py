@@ -1,0 +1,236 @@
+"""Objective: the loss of the present batch as a function of the parameters, replayed as often as needed without a trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from adaptive_opt import capture as cap
+from adaptive_opt.capture import Ambient, Capture, ModelCall
+
+
+class Source(Protocol):
+    """Where the loss comes from."""
+
+    cause: str  # the likely cause when a replay does not reproduce the gradient
+    modules: list[nn.Module]
+
+    def evaluate(self) -> Tensor: ...
+    def ambient(self) -> Ambient | None: ...
+
+
+class CapturedBatch:
+    """The batch that hooks on model and loss_fn remembered."""
+
+    cause = (
+        "the loss that went backward is not loss_fn(model(batch)) alone (an added penalty, a batch changed in place, "
+        "gradients clipped by value), or the model draws random numbers of its own"
+    )
+
+    def __init__(self, capture: Capture, calls: list[ModelCall]):
+        self.capture, self.calls, self.modules = capture, calls, capture.modules
+
+    def ambient(self) -> Ambient | None:
+        return self.calls[0].ambient if self.calls else None
+
+    def evaluate(self) -> Tensor:
+        return cap.evaluate(self.capture.model, self.capture.loss_fn, self.calls, self._enter)
+
+    @contextmanager
+    def _enter(self, ambient: Ambient) -> Iterator[None]:
+        cap.set_rng_state(ambient.rng)
+        for module, mode in zip(self.modules, ambient.training, strict=True):
+            module.training = mode
+        kind, enabled, dtype = ambient.autocast
+        with torch.autocast(kind, dtype=dtype, enabled=enabled) if enabled else nullcontext():
+            yield
+
+
+class GivenLoss:
+    """The user's `objective=`: a callable that returns the loss and does no backward."""
+
+    cause = "objective() is not the loss that went backward: it draws other random numbers or reads another batch"
+
+    def __init__(self, loss: Callable[[], Tensor], modules: list[nn.Module], ambient: Ambient | None):
+        self.loss, self.modules, self._ambient = loss, modules, ambient
+
+    def ambient(self) -> Ambient | None:
+        return self._ambient
+
+    def evaluate(self) -> Tensor:
+        return self.loss()
+
+
+class Closure(GivenLoss):
+    """The closure given to `step`: it clears gradients and runs backward, both of which a replay does without."""
+
+    cause = "the closure gives another loss each time it is called (it reads the next batch, or draws random numbers)"
+
+    def evaluate(self) -> Tensor:
+        with _WithoutBackward():
+            return self.loss()
+
+
+class _WithoutBackward(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func is torch.Tensor.backward else func(*args, **(kwargs or {}))
+
+
+class Objective:
+    """The loss over `params`, which stay the caller's: a replay moves nothing that it does not put back bit for bit.
+
+    Untouched by any replay, also when it raises: parameters, `.grad`, buffers (lent as clones), RNG states, train/eval
+    modes, the autocast state. `loss_scale` is what a gradient scaler multiplied the captured loss by; `clip_norm` is the
+    norm that the user's clipping let through when it was last compared (None: nothing was clipped).
+    """
+
+    def __init__(self, source: Source, params: Sequence[Tensor], capture: Capture | None = None):
+        self.source = source
+        self.params = list(params)
+        self.capture = capture
+        self.loss_scale = 1.0
+        self.clip_norm: float | None = None
+
+    @property
+    def batch_size(self) -> int | None:
+        calls = getattr(self.source, "calls", None)
+        sizes = [cap.batch_size(call) for call in calls or ()]
+        return sum(s or 0 for s in sizes) or None
+
+    def part(self, fraction: float, least: int = 16) -> tuple[Objective, float] | None:
+        """The same loss on the first samples of the batch (at least `least`), with the true fraction; None: not possible."""
+        size = self.batch_size
+        if fraction >= 1 or size is None or not isinstance(self.source, CapturedBatch):
+            return None
+        fraction = max(fraction, least / size)
+        cut = cap.subset(self.source.calls, self.source.capture.loss_fn, fraction) if fraction < 1 else None
+        if cut is None:
+            return None
+        calls, _, true_fraction = cut
+        smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.capture)
+        smaller.loss_scale = self.loss_scale
+        return smaller, true_fraction
+
+    @contextmanager
+    def replay(self) -> Iterator[Callable[[], Tensor]]:
+        """Inside, call the yielded function for the loss with a fresh graph, as often as needed; outside, no trace."""
+        with ExitStack() as stack:
+            stack.enter_context(_put_back(self.params, self.source.modules))
+            if self.capture is not None:
+                stack.enter_context(_disarmed(self.capture))
+            stack.enter_context(torch.enable_grad())
+            # the fused kernels have no second derivative on the CPU; a replay uses the one that has
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "torch._dynamo" in sys.modules:  # neither have compiled graphs: run what they were compiled from
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield self._evaluate
+
+    def loss(self) -> float:
+        """The loss at the parameters' present values, forward only."""
+        with self.replay() as evaluate, torch.no_grad():
+            return float(evaluate())
+
+    def gradient(self) -> list[Tensor]:
+        """The gradient at the parameters' present values, one tensor a parameter (zeros where the loss does not reach)."""
+        with self.replay() as evaluate:
+            grads = torch.autograd.grad(evaluate(), self.params, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]
+
+    def _evaluate(self) -> Tensor:
+        ambient = self.source.ambient()
+        if ambient is not None:
+            cap.set_rng_state(ambient.rng)
+            for module, mode in zip(self.source.modules, ambient.training, strict=True):
+                module.training = mode
+        loss = self.source.evaluate()
+        if not isinstance(loss, Tensor):
+            raise ReplayError(f"the loss is {type(loss).__name__}, not a tensor: return the loss tensor itself")
+        if loss.numel() != 1:
+            raise ReplayError(f"the loss has shape {tuple(loss.shape)}, not a scalar: return its mean or sum")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ReplayError("the loss has no graph: return it before .item() or .detach(), and require gradients")
+        return loss.reshape(()) / self.loss_scale
+
+
+class ReplayError(RuntimeError):
+    """The loss cannot be evaluated again; the message says why and what to do."""
+
+
+@contextmanager
+def _put_back(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """RNG, `.grad`, modes and buffers as they were, whatever happens inside. Modules met on the way are covered too."""
+    device = params[0].device
+    rng = cap.rng_state(device)
+    grads = [p.grad for p in params]
+    modes = [(m, m.training) for m in modules]
+    lent: dict[nn.Module, dict[str, Tensor | None]] = {}
+
+    def lend(module: nn.Module, _args: Any = None) -> None:
+        # Clones, not old values written back: that would bump version counters and break the user's graph.
+        if module not in lent and module._buffers:
+            lent[module] = dict(module._buffers)
+            module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
+
+    for p in params:
+        p.grad = None  # a closure's zero_grad and clipping find nothing to touch
+    for module in modules:
+        lend(module)
+    hook = nn.modules.module.register_module_forward_pre_hook(lend)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module, buffers in lent.items():
+            module._buffers.update(buffers)
+        for module, mode in modes:
+            module.training = mode
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        cap.set_rng_state(rng)
+
+
+@contextmanager
+def _disarmed(capture: Capture) -> Iterator[None]:
+    armed, capture.armed = capture.armed, False
+    try:
+        yield
+    finally:
+        capture.armed = armed
+
+
+@contextmanager
+def moved(params: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
+    """Parameters at w + length * direction inside; the very same bits outside (copies, not subtraction)."""
+    kept = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            for p, d in zip(params, direction, strict=True):
+                p.add_(d.to(p.dtype), alpha=length)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, k in zip(params, kept, strict=True):
+                p.copy_(k)
+
+
+def agreement(replayed: Sequence[Tensor], seen: Sequence[Tensor | None]) -> tuple[float, float]:
+    """(cosine, |replayed| / |seen|) of two gradients; (1, 1) when both vanish, NaN when either is not finite."""
+    pairs = [(r, torch.zeros_like(r) if s is None else s) for r, s in zip(replayed, seen, strict=True)]
+    wide = torch.float32 if replayed[0].device.type == "mps" else torch.float64
+    dot, rr, ss = torch.stack([
+        torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in group]).sum()
+        for group in (pairs, [(r, r) for r, _ in pairs], [(s, s) for _, s in pairs])
+    ]).tolist()
+    if rr == 0 and ss == 0:
+        return 1.0, 1.0
+    if rr == 0 or ss == 0:
+        return 0.0, 0.0 if rr == 0 else float("inf")
+    return dot / (rr * ss) ** 0.5, (rr / ss) ** 0.5
+

@@ -1,0 +1,264 @@
+"""AdaptiveOptimizer: a torch Optimizer around a torch Optimizer. Read last of the three; the loop is in controller.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adaptive_opt.capture import Ambient, Capture, device_of, original
+from adaptive_opt.controller import Controller
+from adaptive_opt.interventions import INTERVENTIONS
+from adaptive_opt.modes import MODES, Mode
+from adaptive_opt.policy import Policy, RulePolicy
+from adaptive_opt.probe import LanczosProbe
+from adaptive_opt.records import Reading, StepReport
+
+Sink = Callable[[StepReport], None]
+
+
+class AdaptiveOptimizer(Optimizer):
+    """Wraps any base optimizer; measures, treats what is wrong, takes back what did not help, and says so.
+
+        optimizer = AdaptiveOptimizer(AdamW(model.parameters(), lr=1e-3), model, loss_fn=criterion)
+
+    base: the optimizer that takes the steps; its param_groups and state are shared, so schedulers work on either.
+    model, loss_fn: the batch is remembered by forward hooks on both. loss_fn must be the very Module that the training loop
+    calls; without it the model's own `output.loss` is used (Hugging Face). objective: instead, a callable that returns the
+    loss of the present batch and does no backward (PINNs, several losses). Without any of them the closure given to
+    `step` is replayed. probe: what is measured and when. policy: what is done about it. modes, interventions: by name, in
+    place of the defaults. step_size: "user" is the only one so far: the user's learning rate, damped when it is unstable.
+    validate: a callable that returns a validation loss; SAM is tried only if it is given. sinks: called with every
+    StepReport.
+
+    Raises TypeError and ValueError that quote the call on arguments that cannot work.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        model: nn.Module | None = None,
+        *,
+        loss_fn: nn.Module | None = None,
+        objective: Callable[[], Tensor] | None = None,
+        probe: LanczosProbe | None = None,
+        policy: Policy | None = None,
+        modes: Mapping[str, Mode] | None = None,
+        interventions: Mapping[str, Any] | None = None,
+        step_size: str = "user",
+        validate: Callable[[], float] | None = None,
+        sinks: Iterable[Sink] = (),
+    ):
+        policy = RulePolicy() if policy is None else policy
+        modes = {name: make() for name, make in MODES.items()} if modes is None else dict(modes)
+        interventions = {name: make() for name, make in INTERVENTIONS.items()} if interventions is None else dict(interventions)
+        _check(base, model, loss_fn, objective, policy, modes, step_size)
+        self._link(base)
+        super().__init__([{"params": base.param_groups[0]["params"]}], base.defaults)
+        self._link(base)  # __init__ made groups of its own
+        self.sinks: list[Sink] = list(sinks)
+        self.control = Controller(
+            base, None, None, None, LanczosProbe() if probe is None else probe, policy, modes, interventions, validate
+        )
+        self._said: set[str] = set()
+        self._report: StepReport | None = None
+        self.attach(model, loss_fn=loss_fn, objective=objective)
+
+    # ---- what one sees ----------------------------------------------------------------------------------------------
+
+    @property
+    def reading(self) -> Reading | None:
+        """The latest Reading; None before the first."""
+        return self.control.reading
+
+    @property
+    def report(self) -> StepReport | None:
+        """The StepReport of the latest step; None before the first."""
+        return self._report
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, skipped ones included."""
+        return self.control.steps
+
+    # ---- training -----------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # as torch.optim does: the loop synchronises, forks RNG and calls autograd
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One optimisation step; torch's meaning of `closure`: it clears gradients, runs backward, returns the loss.
+
+        The closure is called once; it is called again only where nothing else shows the loss (no model with loss_fn, no
+        objective), without its backward. Returns the closure's loss.
+        """
+        ambient = self._ambient() if closure is not None else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if all(float(group["lr"]) == 0 for group in self.param_groups) or self.control.passive:
+            self.base.step()  # nothing can change: checkpoint helpers call step() so to create the state
+            self.control._forget_batch()
+            return loss
+        if closure is None and (why := self.control.without_replay()) is not None:
+            self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
+        self._report = self.control.step(closure, ambient, loss)
+        for sink in self.sinks:
+            sink(self._report)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and forgets the batches that made them."""
+        self.base.zero_grad(set_to_none)
+        if self._capture is not None and self._capture.armed:
+            self._capture.forget_used()
+
+    @torch.no_grad()
+    def probe_now(self) -> Reading:
+        """A full Reading of the whole present batch, off schedule: call it between backward and step.
+
+        Raises ReplayError when the batch cannot be evaluated again; the message says why.
+        """
+        return self.control.probe_now(self.control._context(None, None))
+
+    # ---- the batch ----------------------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        model: nn.Module | None = None,
+        *,
+        loss_fn: nn.Module | None = None,
+        objective: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Listen to this model and loss from now on: at construction, and again after unpickling or deepcopy."""
+        self.detach()
+        _check_sources(self.base, model, loss_fn, objective)
+        self._capture = None if model is None else Capture(model, loss_fn)
+        self.control.model = None if model is None else original(model)
+        self.control.capture, self.control.given = self._capture, objective
+        if self._capture is not None:
+            self._capture.armed = not self.control.passive
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        if getattr(self, "_capture", None) is not None:
+            assert self._capture is not None
+            self._capture.close()
+        self._capture: Capture | None = None
+
+    # ---- PyTorch's contract ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """To base and wrapper alike: they share the groups."""
+        if self.param_groups is self.base.param_groups and hasattr(self, "control"):
+            self.base.add_param_group(param_group)
+            self._link(self.base)
+        else:
+            super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict and a block "adaptive" of plain types and tensors: a run goes on from it bit for bit."""
+        return {**self.base.state_dict(), "adaptive": self.control.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` gave, or a bare base optimizer's: then the wrapper starts from its own beginning."""
+        plain = {k: v for k, v in state_dict.items() if k != "adaptive"}
+        self.base.load_state_dict(plain)
+        self._link(self.base)
+        if "adaptive" in state_dict:
+            self.control.load_state_dict(state_dict["adaptive"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Model, hooks, objective and sinks stay behind: `attach` and `sinks` bring them back."""
+        left_behind = ("_capture", "sinks", "control")
+        state = {k: v for k, v in self.__dict__.items() if k not in left_behind}
+        control = self.control
+        probe_policy = (control.probe, control.policy, control.modes, control.interventions)
+        return {**state, "_made_of": probe_policy, "_control_state": control.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_made_of" not in state:  # torch's own load_state_dict ends here
+            super().__setstate__(state)
+            self._link(self.base)
+            return
+        state = dict(state)
+        probe, policy, modes, interventions = state.pop("_made_of")
+        control_state = state.pop("_control_state")
+        super().__setstate__(state)
+        self._link(self.base)
+        self._capture, self.sinks = None, []
+        self.control = Controller(self.base, None, None, None, probe, policy, modes, interventions, None)
+        self.control.load_state_dict(control_state)
+
+    def _link(self, base: Optimizer) -> None:
+        """Outer and base share the very same groups, state and defaults."""
+        self.base = base
+        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
+
+    def _ambient(self) -> Ambient:
+        modules = self._capture.modules if self._capture is not None else []
+        model = self.control.model
+        device = device_of(model) if model is not None else self.param_groups[0]["params"][0].device
+        return Ambient.now(modules, device)
+
+    def _say(self, message: str) -> None:
+        """A warning, once."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _check(
+    base: Any, model: Any, loss_fn: Any, objective: Any, policy: Any, modes: Mapping[str, Any], step_size: Any
+) -> None:
+    """Arguments that cannot work, refused before anything is touched."""
+    if isinstance(base, type) or not isinstance(base, Optimizer):
+        got = base.__name__ if isinstance(base, type) else type(base).__name__
+        raise TypeError(f"AdaptiveOptimizer(base={got}): an optimizer that exists, for example AdamW(model.parameters(), lr=1e-3)")
+    if isinstance(base, AdaptiveOptimizer):
+        raise TypeError("AdaptiveOptimizer(base=AdaptiveOptimizer(...)): the base is wrapped already")
+    if type(base).__name__ == "LBFGS":
+        raise ValueError("AdaptiveOptimizer(base=LBFGS(...)): it calls its closure many times a step and has no step to switch")
+    if not any(group["params"] for group in base.param_groups):
+        raise ValueError("AdaptiveOptimizer(base): the base optimizer has no parameters")
+    if not hasattr(policy, "decide"):
+        raise TypeError(f"AdaptiveOptimizer(policy={policy!r}): an object with decide(diagnosis, history), for example RulePolicy()")
+    if "base" not in modes:
+        raise ValueError(f"AdaptiveOptimizer(modes={sorted(modes)}): 'base' must be among them, it is where every switch returns")
+    wanted = getattr(policy, "mode", "base")
+    if wanted not in modes:
+        raise ValueError(f"AdaptiveOptimizer(policy={policy!r}): mode {wanted!r} is not one of {', '.join(map(repr, modes))}")
+    if step_size != "user":
+        raise ValueError(f"AdaptiveOptimizer(step_size={step_size!r}): 'user' is the only one so far")
+    _check_sources(base, model, loss_fn, objective)
+
+
+def _check_sources(base: Optimizer, model: Any, loss_fn: Any, objective: Any) -> None:
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"AdaptiveOptimizer(model={type(model).__name__}): a torch.nn.Module")
+    if loss_fn is not None and not isinstance(loss_fn, nn.Module):
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(
+            f"AdaptiveOptimizer(loss_fn={name}): a plain function cannot be listened to; give the Module that the loop calls "
+            "(for example criterion = torch.nn.CrossEntropyLoss()), or objective=, or step(closure)"
+        )
+    if loss_fn is not None and model is None:
+        raise ValueError("AdaptiveOptimizer(loss_fn=..., model=None): the model is needed too, its input is what is replayed")
+    if objective is not None and not callable(objective):
+        raise TypeError(f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor")
+    if model is not None:
+        inside = {id(p) for m in (model, loss_fn) if m is not None for p in m.parameters()}
+        params = _params(base.param_groups)
+        if objective is None and not any(id(p) in inside for p in params):
+            raise ValueError(
+                "AdaptiveOptimizer(base, model): none of the base optimizer's parameters is in this model; was the model "
+                "built again, or moved by a function that copies it, after the optimizer was made?"
+            )
+
+
+def _params(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]

@@ -1,0 +1,95 @@
+"""Policies: a diagnosis and the history in, a decision out. Pure: the same input gives the same decision on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from adaptive_opt.records import Condition, Decision, Diagnosis, History
+
+
+class Policy(Protocol):
+    """Decides what is done about a diagnosis."""
+
+    def decide(self, diagnosis: Diagnosis, history: History) -> Decision: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: under this condition, that treatment, which must move that number."""
+
+    condition: Condition
+    treatment: str
+    expects: str
+    switch: bool = False  # the treatment is a mode, not an intervention
+    urgent: bool = False  # treated at once, also while something else is on trial
+    needs: str = ""  # "replay", "validate" or nothing
+
+
+TABLE: tuple[Rule, ...] = (
+    Rule(Condition.NON_FINITE, "rollback", "a finite step", urgent=True),
+    Rule(Condition.BROKEN, "rollback", "loss back at its usual level", urgent=True),
+    Rule(Condition.UNSTABLE, "damp", "loss falls", urgent=True),
+    Rule(Condition.SADDLE, "escape", "loss on the next batch", needs="replay"),
+    Rule(Condition.DRIFTING, "spectral", "loss after the trial"),
+    Rule(Condition.ILL_CONDITIONED, "kfac", "progress a step", switch=True),
+    Rule(Condition.SHARP, "sam", "the user's validation loss", switch=True, needs="validate"),
+)
+
+
+@dataclass(frozen=True)
+class RulePolicy:
+    """The table above, with dwell time and cool-down.
+
+    dwell: steps that a mode stays at least before another is tried. One trial at a time; what is urgent is treated at
+    once. A treatment that was taken back waits twice as long each time (the controller keeps the date in
+    `History.not_before`). A mode that was kept stays until its own gain is gone: the controller tries it again then.
+    """
+
+    dwell: int = 50
+    table: Sequence[Rule] = TABLE
+
+    def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
+        mode, interventions = history.mode, []
+        reason, expects = "", None
+        for rule in self.table:
+            finding = diagnosis.find(rule.condition)
+            if finding is None or not self._allowed(rule, history):
+                continue
+            if rule.switch:
+                mode = rule.treatment
+            else:
+                interventions.append(rule.treatment)
+            reason, expects = reason or finding.evidence, expects or rule.expects
+            if not rule.urgent:
+                break
+        return Decision(mode, tuple(interventions), reason, expects)
+
+    def _allowed(self, rule: Rule, history: History) -> bool:
+        if rule.needs == "replay" and not history.can_replay:
+            return False
+        if rule.needs == "validate" and not (history.can_validate and history.can_replay):
+            return False
+        if rule.urgent:
+            return True
+        if history.trial is not None or history.step < history.not_before.get(rule.treatment, 0):
+            return False
+        return not rule.switch or (history.mode == "base" and history.step - history.mode_since >= self.dwell)
+
+
+@dataclass(frozen=True)
+class ConstantPolicy:
+    """A baseline: one mode from the first step to the last, and only the interventions that are named.
+
+    `ConstantPolicy("base")` with a probe on equals the bare optimizer bit for bit. With interventions, the conditions
+    that RulePolicy's table gives for them apply.
+    """
+
+    mode: str = "base"
+    interventions: tuple[str, ...] = ()
+
+    def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
+        rows = [rule for rule in TABLE if rule.treatment in self.interventions]
+        decision = RulePolicy(table=rows).decide(diagnosis, history)
+        return Decision(self.mode, decision.interventions, decision.reason, decision.expects)

@@ -1,0 +1,289 @@
+"""LanczosProbe: measures the loss of the present batch and says when to; gives a Reading."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adaptive_opt.curvature import (
+    FiniteDifferenceHessian,
+    Hessian,
+    Spectrum,
+    condition_number_bound,
+    count_below,
+    effective_condition_number,
+    estimate_below,
+    flatten,
+    lanczos,
+    scaled,
+    trace_estimate,
+)
+from adaptive_opt.layers import measure_layers
+from adaptive_opt.metric import Metric, metric
+from adaptive_opt.objective import Objective
+from adaptive_opt.records import LayerReading, Reading, Trend
+
+# Cost of one part in gradient-equivalents of the samples it runs on (EVIDENCE: an exact product takes 1.4 to 2.2)
+FORWARD, GRADIENT, PRODUCT, PER_LAYER_STEP = 0.35, 1.0, 2.2, 1.5
+FINANCED = 400  # steps: the first readings are paid for by the budget of this many steps
+LAYER_SAMPLES = 8
+
+
+@dataclass
+class ProbeMemory:
+    """What the probe remembers between readings; everything here goes into the checkpoint."""
+
+    generator: torch.Generator
+    top: Tensor | None = None  # (n,) Ritz vector of the largest eigenvalue in the optimizer's metric
+    bottom: Tensor | None = None  # (n,) Ritz vector of the most negative eigenvalue of H, from the latest full reading
+    spent: float = 0.0  # gradient-equivalents
+    last_cheap: int = -1
+    last_full: int = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.generator.get_state(),
+            "top": self.top,
+            "bottom": self.bottom,
+            "spent": self.spent,
+            "last_cheap": self.last_cheap,
+            "last_full": self.last_full,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        self.top, self.bottom, self.spent = state["top"], state["bottom"], state["spent"]
+        self.last_cheap, self.last_full = state["last_cheap"], state["last_full"]
+
+
+@dataclass(frozen=True)
+class LanczosProbe:
+    """Measures curvature by Lanczos, either every N steps or within a share of the training work.
+
+    `LanczosProbe(every=N)` takes a full reading of the whole batch at every N-th step. `LanczosProbe(overhead=0.05)` may
+    spend 5 % of the gradient work: cheap warm-started readings of the stability at steps 0, 1, 2, 4, ... 64 and evenly
+    after that, full ones as the budget allows or when progress stalls, both on `fraction` of the batch. The budget is
+    counted in gradient-equivalents, not in seconds, so that a run is reproducible; the first readings are financed by
+    the first 400 steps. `LanczosProbe(overhead=0)` never measures unless `probe_now()` is called.
+
+    num_steps: Lanczos steps of each run in a full reading. tol: if given, stop a run early once both ends of the spectrum
+    are known to tol * epsilon (costs a host synchronisation every four steps). delta_tol: eigenvalues below
+    -delta_tol * epsilon count as negative. Raises ValueError on numbers that make no sense.
+    """
+
+    every: int | None = None
+    overhead: float | None = None
+    num_steps: int = 10
+    tol: float | None = None
+    fraction: float = 0.25  # measured: see EVIDENCE in docs/evidence.md, a quarter of the batch is enough for a limit
+    delta_tol: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.overhead is not None:
+            raise ValueError(f"LanczosProbe(every={self.every}, overhead={self.overhead}): give one of the two")
+        if self.every is None and self.overhead is None:
+            object.__setattr__(self, "overhead", 0.05)
+        if self.every is not None and (not isinstance(self.every, int) or self.every < 1):
+            raise ValueError(f"LanczosProbe(every={self.every!r}): a whole number of steps, 1 or more")
+        if self.overhead is not None and not 0 <= self.overhead <= 10:
+            raise ValueError(f"LanczosProbe(overhead={self.overhead!r}): a share of the training work, for example 0.05")
+        if self.num_steps < 3:
+            raise ValueError(f"LanczosProbe(num_steps={self.num_steps}): three steps at least, or no bound means anything")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"LanczosProbe(fraction={self.fraction}): a share of the batch in (0, 1]")
+
+    @property
+    def idle(self) -> bool:
+        """Never measures by itself."""
+        return self.every is None and self.overhead == 0
+
+    def due(self, trend: Trend, memory: ProbeMemory, cheap_cost: float, full_cost: float) -> str | None:
+        """"full", "cheap" or None for this step: deterministic, from counts and costs alone."""
+        step = trend.step
+        if self.every is not None:
+            return "full" if step % self.every == 0 else None
+        if not self.overhead:
+            return None
+        allowance = self.overhead * max(step, FINANCED)
+        if trend.stalled and step - memory.last_full >= 50 and memory.spent + full_cost <= self.overhead * (step + 2 * FINANCED):
+            return "full"  # an alarm may borrow from the steps to come
+        if memory.spent + full_cost <= allowance and (step - memory.last_full) * self.overhead >= 2 * full_cost:
+            return "full"
+        early = step <= 64 and (step & (step - 1)) == 0  # 0, 1, 2, 4, ... 64
+        late = (step - memory.last_cheap) * self.overhead >= 2 * cheap_cost  # half of the budget
+        return "cheap" if (early or late) and memory.spent + cheap_cost <= allowance else None
+
+    def costs(self, objective: Objective, num_layers: int) -> tuple[float, float]:
+        """Gradient-equivalents of a cheap and of a full reading, before they are taken."""
+        f = 1.0 if self.every is not None else self._fraction(objective)
+        layers = self._layer_fraction(objective) * (GRADIENT + 4 * PER_LAYER_STEP) if num_layers else 0.0
+        cheap = f * (GRADIENT + 3 * PRODUCT)
+        return cheap, f * (GRADIENT + 2 * self.num_steps * PRODUCT) + layers + GRADIENT
+
+    def measure(
+        self,
+        objective: Objective,
+        base: Optimizer | None,
+        model: nn.Module | None,
+        memory: ProbeMemory,
+        step: int,
+        kind: str = "full",
+        whole: bool = False,
+        layers: bool | None = None,
+    ) -> Reading:
+        """A Reading of the objective at the parameters' present values. `whole`: on the whole batch.
+
+        What cannot be measured is None in it and named in `notes`; nothing of the training state changes. The
+        parameters' `.grad` must be those of the step to come: the optimizer's metric is that step's.
+        """
+        began = time.perf_counter()
+        notes: list[str] = []
+        target, fraction = objective, 1.0
+        if not whole and self.every is None:
+            cut = objective.part(self.fraction)
+            if cut is not None:
+                target, fraction = cut
+        draft = Reading(step=step, loss=math.nan, grad_norm=math.nan, kind=kind, batch_size=target.batch_size, fraction=fraction)
+        m = self._metric(base, target.params, notes)  # before the replay, which lends no .grad
+        cost = 0.0
+        try:
+            draft, cost = self._curvature(target, m, memory, draft, fraction, notes)
+        except FloatingPointError as error:
+            notes.append(f"curvature: {error}")
+        measured: tuple[LayerReading, ...] = ()
+        if layers if layers is not None else kind == "full":
+            measured, spent = self._layers(objective, model, memory, notes)
+            cost += spent
+        return replace(draft, layers=measured, cost=cost, seconds=time.perf_counter() - began, notes=tuple(notes))
+
+    def _metric(self, base: Optimizer | None, params: Sequence[Tensor], notes: list[str]) -> Metric | None:
+        m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None})
+        if m is not None and m.root.numel() == sum(p.numel() for p in params):
+            return m
+        notes.append(f"stability, kappa_effective: the coming step of {type(base).__name__} is not known")
+        return None
+
+    def _curvature(
+        self, target: Objective, m: Metric | None, memory: ProbeMemory, draft: Reading, fraction: float, notes: list[str]
+    ) -> tuple[Reading, float]:
+        with target.replay() as evaluate:
+            loss = evaluate()
+            try:
+                return self._spectra(Hessian(loss, target.params), loss, m, memory, draft, fraction)
+            except RuntimeError as error:  # torch's word for: no second derivative here, or no memory for its graph
+                notes.append(f"backend: finite differences, because an exact product failed ({str(error).splitlines()[0]})")
+            operator = FiniteDifferenceHessian(lambda: flatten(target.gradient()), target.params)
+            return self._spectra(operator, loss, m, memory, draft, fraction)
+
+    def _spectra(
+        self,
+        operator: Hessian | FiniteDifferenceHessian,
+        loss: Tensor,
+        m: Metric | None,
+        memory: ProbeMemory,
+        draft: Reading,
+        fraction: float,
+    ) -> tuple[Reading, float]:
+        value, size = torch.stack([loss.detach().cpu().double(), operator.gradient.norm().cpu().double()]).tolist()
+        draft = replace(draft, loss=value, grad_norm=size, backend=operator.backend)
+        if not math.isfinite(value) or not math.isfinite(size):
+            raise FloatingPointError("the loss or its gradient is not finite")
+        if draft.kind == "full":
+            draft = self._full(operator, m, memory, draft)
+        elif m is not None:
+            spectrum = self._run(scaled(operator, m.root), self._warm(m, memory), 3 if memory.top is not None else 6)
+            draft = self._stability(draft, spectrum, m, memory)
+        price = PRODUCT if operator.backend == "exact" else 2 * GRADIENT
+        return replace(draft, hvps=operator.products), fraction * (GRADIENT + operator.products * price)
+
+    def _full(self, operator: Hessian | FiniteDifferenceHessian, m: Metric | None, memory: ProbeMemory, draft: Reading) -> Reading:
+        h = self._run(operator, self._random(operator.gradient, memory), self.num_steps)
+        memory.bottom = h.ritz_vector(0) if h.ritz_values[0] < 0 else None
+        epsilon = h.epsilon
+        threshold = -self.delta_tol * epsilon
+        trace, trace_stderr = trace_estimate([h])
+        estimate, stderr = estimate_below([h], threshold)
+        draft = replace(
+            draft,
+            epsilon=epsilon,
+            kappa=_number(condition_number_bound(h)),
+            delta=count_below(h, threshold),
+            delta_tol=self.delta_tol,
+            delta_estimate=estimate,
+            delta_stderr=stderr,
+            lambda_max=float(h.ritz_values[-1]),
+            lambda_max_error=float(h.residuals[-1]),
+            lambda_min=float(h.ritz_values[0]),
+            lambda_min_error=float(h.residuals[0]),
+            trace=trace,
+            trace_stderr=trace_stderr,
+            ritz_values=tuple(h.ritz_values.tolist()),
+            ritz_weights=tuple(h.weights.tolist()),
+        )
+        if m is None or not bool(m.root.any()):
+            return draft
+        start = m.momentum if bool(m.momentum.any()) else self._random(m.momentum, memory)
+        a = self._run(scaled(operator, m.root), start, self.num_steps)
+        return replace(self._stability(draft, a, m, memory), kappa_effective=_number(effective_condition_number(a)))
+
+    def _stability(self, draft: Reading, spectrum: Spectrum, m: Metric, memory: ProbeMemory) -> Reading:
+        top = spectrum.ritz_vector(-1)
+        if bool(torch.isfinite(top).all()):
+            memory.top = top
+        stability = max(float(spectrum.ritz_values[-1]), 0.0) / m.limit
+        return replace(
+            draft,
+            stability=stability,
+            stability_error=float(spectrum.residuals[-1]) / m.limit,
+            sharpness_score=100 * min(1.0, stability),
+        )
+
+    def _layers(
+        self, objective: Objective, model: nn.Module | None, memory: ProbeMemory, notes: list[str]
+    ) -> tuple[tuple[LayerReading, ...], float]:
+        if model is None:
+            notes.append("layers: no model was given")
+            return (), 0.0
+        few = objective.part(LAYER_SAMPLES / (objective.batch_size or LAYER_SAMPLES), least=LAYER_SAMPLES)
+        target, fraction = few if few is not None else (objective, 1.0)
+        with target.replay() as evaluate:
+            measured = measure_layers(model, evaluate, memory.generator)
+        if not measured:
+            notes.append("layers: the model has no linear or convolutional layer that the replay calls")
+        return measured, fraction * (GRADIENT + 4 * PER_LAYER_STEP)
+
+    def _run(self, matvec: Any, start: Tensor, num_steps: int) -> Spectrum:
+        return lanczos(matvec, start, num_steps, self.tol)
+
+    def _warm(self, m: Metric, memory: ProbeMemory) -> Tensor:
+        if memory.top is not None and memory.top.shape == m.root.shape:
+            return memory.top.to(m.root)
+        start = self._random(m.root, memory)
+        if bool(m.momentum.any()):  # the step's own direction sees its sharpest direction early
+            start = start / start.norm() + m.momentum / m.momentum.norm()
+        return start
+
+    def _random(self, like: Tensor, memory: ProbeMemory) -> Tensor:
+        v = torch.randn(like.numel(), generator=memory.generator, dtype=torch.float32)
+        return v.to(device=like.device, dtype=like.dtype)
+
+    def _fraction(self, objective: Objective) -> float:
+        cut = objective.part(self.fraction)
+        return 1.0 if cut is None else cut[1]
+
+    def _layer_fraction(self, objective: Objective) -> float:
+        size = objective.batch_size
+        return 1.0 if size is None else min(1.0, LAYER_SAMPLES / size)
+
+
+def _number(x: float) -> float | None:
+    return x if np.isfinite(x) else None

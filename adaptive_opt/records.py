@@ -1,0 +1,174 @@
+"""The nouns of adaptive_opt: what is measured, what it means, what is decided, what happened. Frozen, plain, loggable.
+
+Read this file first, then controller.py, then optimizer.py. What was not measured is None, never a made-up number.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """Singular values of one layer's Jacobian (with the activation that follows it) on a few samples of the batch."""
+
+    name: str
+    sigma_max: float  # largest singular value; a lower bound
+    sigma_max_error: float  # a singular value lies within this of sigma_max
+    sigma_rms: float  # |J|_F / sqrt(outputs): 1 keeps the signal's mean square, 12 layers of 0.4 kill it
+    sigma_rms_error: float  # standard error
+    gain: float | None  # |gradient at the layer's input| / |gradient at its output|
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One measurement of the replayed batch loss, its Hessian H (n x n) and the layers. See docs/numbers.md."""
+
+    step: int  # steps taken before it
+    loss: float  # of the replayed batch (or of the stated part of it)
+    grad_norm: float  # Euclidean norm of its gradient
+    # the three numbers
+    kappa: float | None = None  # certified lower bound on |lambda|_max / |lambda|_min
+    kappa_effective: float | None = None  # the condition number that the optimizer's next steps feel, >= 1
+    epsilon: float | None = None  # largest eigenvalue magnitude found; a lower bound
+    delta: int | None = None  # certified lower bound on the number of eigenvalues below -delta_tol * epsilon
+    delta_tol: float | None = None  # relative to epsilon
+    delta_estimate: float | None = None  # estimate of that number over the whole spectrum
+    delta_stderr: float | None = None
+    # both ends of the spectrum; an eigenvalue lies within the error of each
+    lambda_max: float | None = None
+    lambda_max_error: float | None = None
+    lambda_min: float | None = None
+    lambda_min_error: float | None = None
+    # what the base optimizer feels
+    stability: float | None = None  # lr * lambda_max(P^1/2 H P^1/2) / limit: 1 is the edge of stability
+    stability_error: float | None = None
+    sharpness_score: float | None = None  # 0..100 = 100 * min(1, stability)
+    # the whole spectrum
+    trace: float | None = None
+    trace_stderr: float | None = None
+    ritz_values: tuple[float, ...] = ()
+    ritz_weights: tuple[float, ...] = ()
+    # the layers, in the order in which the model calls them
+    layers: tuple[LayerReading, ...] = ()
+    lipschitz_bound: float | None = None  # product of the layers' norms; None until measured by a chain of layers
+    lipschitz_local: float | None = None  # largest singular value of the whole Jacobian on the batch
+    # how it was measured
+    kind: str = "full"  # "full", or "cheap": stability alone, from a warm start
+    hvps: int = 0  # Hessian-vector products spent
+    cost: float = 0.0  # gradient-equivalents spent: one is a forward and backward pass of the whole batch
+    seconds: float = 0.0
+    backend: str = "exact"  # or "finite_difference": approximate
+    batch_size: int | None = None  # samples that were measured
+    fraction: float = 1.0  # of the batch
+    notes: tuple[str, ...] = ()  # what was not measured, and why
+
+
+class Condition(StrEnum):
+    """What can be wrong (or right) with a step."""
+
+    NON_FINITE = "non_finite"  # loss or gradient is NaN or infinite
+    BROKEN = "broken"  # loss and gradient jumped far out of what this run has shown
+    UNSTABLE = "unstable"  # the step is well above the stability limit
+    SADDLE = "saddle"  # progress stalled where curvature is negative
+    ILL_CONDITIONED = "ill_conditioned"  # the optimizer zig-zags
+    SHARP = "sharp"  # at the edge of stability
+    DRIFTING = "drifting"  # a layer's Jacobian left its band
+    HEALTHY = "healthy"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One condition with the dimensionless number that shows it."""
+
+    condition: Condition
+    value: float
+    threshold: float
+    evidence: str  # a sentence
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Which conditions hold, most urgent first. `HEALTHY` alone when none of the others does."""
+
+    step: int
+    findings: tuple[Finding, ...]
+
+    def has(self, condition: Condition) -> bool:
+        return any(f.condition is condition for f in self.findings)
+
+    def find(self, condition: Condition) -> Finding | None:
+        return next((f for f in self.findings if f.condition is condition), None)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """What is free at every step: signals from the loss and the gradient norm, nothing replayed."""
+
+    step: int
+    loss: float | None  # of this step, as the user's backward saw it
+    grad_norm: float | None
+    usual_loss: float | None = None  # running median
+    usual_grad_norm: float | None = None
+    finite: bool = True
+    spike: bool = False  # loss and gradient norm both jumped
+    stalled: bool = False  # no progress over the stall window
+    lost: float = 0.0  # share of all progress that is gone again: 0 at the best level so far, 1 at the start's
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now. `expects` names the number that must improve for it to be kept."""
+
+    mode: str = "base"
+    interventions: tuple[str, ...] = ()
+    reason: str = ""
+    expects: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One turn of treat-and-verify: what was seen, what was done, what came of it."""
+
+    step: int
+    name: str  # of the mode or intervention, or "gate"
+    seen: str
+    done: str
+    outcome: str = "pending"  # "kept", "reverted", "done" or "pending"
+    result: str = ""  # the number it was meant to move, before and after
+
+    def sentence(self) -> str:
+        tail = f" -> {self.outcome}" + (f": {self.result}" if self.result else "")
+        return f"step {self.step}: {self.seen}; {self.done}{tail}"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in a step and why: the one thing that is logged, plotted and tested."""
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float  # the user's, of the first param group
+    lr_scale: float  # what damp and rollback multiplied it by
+    mode: str
+    stepped: bool  # False: the step was skipped
+    reading: Reading | None = None
+    diagnosis: Diagnosis | None = None
+    decision: Decision | None = None
+    events: tuple[Event, ...] = ()
+    probe_cost: float = 0.0  # gradient-equivalents spent on probing so far
+    treatment_cost: float = 0.0  # gradient-equivalents spent on replays by modes, treatments and verification so far
+
+
+@dataclass(frozen=True)
+class History:
+    """What a policy may know of the past: pure data."""
+
+    step: int = 0
+    mode: str = "base"
+    mode_since: int = 0
+    trial: str | None = None  # what is on trial now
+    not_before: dict[str, int] = field(default_factory=dict)  # treatment -> first step at which it may be tried (again)
+    kappas: tuple[float, ...] = ()  # the last few kappa_effective, oldest first
+    can_replay: bool = False
+    can_validate: bool = False

@@ -1,0 +1,86 @@
+"""Signals that are free at every step: what the loss and the gradient norm of this run have been, and what stands out."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, median, pstdev
+from typing import Any
+
+from adaptive_opt.records import Trend
+
+WINDOW = 200  # good steps that "what this run has shown" looks back on
+LEARNED = 5  # good steps before anything can stand out
+JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window; measured: docs/evidence.md, "broken steps"
+STALL = 40  # observed losses over which progress is judged
+STALL_GAIN, STALL_NOISE = 0.01, 0.1  # relative to the loss: less gain than that, and quieter than that
+
+
+class Signals:
+    """Running windows over the losses and gradient norms of good steps."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.first_loss: float | None = None  # median of the first ten
+        self.best_loss: float | None = None  # lowest running median
+
+    def judge(self, step: int, loss: float | None, grad_norm: float | None) -> Trend:
+        """The Trend of a step that has not been taken yet; nothing is remembered."""
+        finite = all(x is None or math.isfinite(x) for x in (loss, grad_norm))
+        return Trend(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            usual_loss=median(self.losses[-20:]) if self.losses else None,
+            usual_grad_norm=median(self.norms[-20:]) if self.norms else None,
+            finite=finite,
+            spike=finite and self._spike(loss, grad_norm),
+            stalled=self._stalled(),
+            lost=self._lost(),
+        )
+
+    def remember(self, trend: Trend) -> None:
+        """Add a good step to the windows."""
+        if trend.loss is not None:
+            self.losses = [*self.losses[-WINDOW + 1 :], trend.loss]
+            if len(self.losses) == 10 and self.first_loss is None:
+                self.first_loss = median(self.losses)
+            if len(self.losses) >= 20:
+                level = median(self.losses[-20:])
+                self.best_loss = level if self.best_loss is None else min(self.best_loss, level)
+        if trend.grad_norm is not None:
+            self.norms = [*self.norms[-WINDOW + 1 :], trend.grad_norm]
+
+    def forget(self) -> None:
+        """The parameters have moved elsewhere: what was shown before says nothing about the level now."""
+        self.losses = []
+        self.norms = []
+        self.best_loss = None
+
+    def _spike(self, loss: float | None, grad_norm: float | None) -> bool:
+        if grad_norm is None or len(self.norms) < LEARNED or grad_norm <= JUMP_GRAD * max(self.norms):
+            return False
+        return loss is None or len(self.losses) < LEARNED or loss > JUMP_LOSS * max(map(abs, self.losses))
+
+    def _stalled(self) -> bool:
+        if len(self.losses) < STALL:
+            return False
+        recent = self.losses[-STALL:]
+        old, new = fmean(recent[: STALL // 2]), fmean(recent[STALL // 2 :])
+        size = abs(fmean(recent))
+        return old - new < STALL_GAIN * size and pstdev(recent) < STALL_NOISE * size
+
+    def _lost(self) -> float:
+        """Share of all progress that is gone again: 0 at the best level, 1 at the level of the start."""
+        if self.first_loss is None or self.best_loss is None or len(self.losses) < 20:
+            return 0.0
+        gained = self.first_loss - self.best_loss
+        if gained <= 0.2 * abs(self.first_loss):
+            return 0.0
+        return (median(self.losses[-20:]) - self.best_loss) / gained
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, list) else v for k, v in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})

@@ -145,7 +145,7 @@ class Controller:
             return None
         layers = len(self.first_layers or ()) if self.first_layers is not None else int(self.model is not None)
         cheap, full = self.probe.costs(ctx.objective, layers)
-        kind = self.probe.due(trend, self.memory, cheap, full)
+        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self.lr_scale < 1)
         if kind is None:
             return None
         try:
@@ -297,8 +297,10 @@ class Controller:
     def _follow(self, reading: Reading | None, events: list[Event], trend: Trend) -> None:
         """A damped step follows each reading of the limit."""
         damp = self.interventions.get("damp")
-        if isinstance(damp, Damp) and reading is not None and reading.stability is not None and damp.follow(reading.stability):
+        if isinstance(damp, Damp) and reading is not None and damp.follow(reading):
             seen = f"the user's step is at {reading.stability:.3g} of its stability limit again"
+            if self.trial is not None and self.trial.name == "damp":
+                self.trial = None
             events.append(Event(self.steps, "damp", seen, "let go of the learning rate", "done"))
 
     # ---- verify -------------------------------------------------------------------------------------------------

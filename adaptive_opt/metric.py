@@ -26,7 +26,9 @@ class Metric:
     """The next step of the base optimizer, seen as preconditioned descent."""
 
     root: Tensor  # (n,): sqrt(lr * P), so that groups with different lr weigh as they step
-    momentum: Tensor  # (n,): root * averaged gradient, the direction of the step in the preconditioned coordinates
+    momentum: Tensor  # (n,): root * m, the direction of the coming step in the preconditioned coordinates
+    averaged: Tensor  # (n,): the same of a gradient averaged over several steps; the momentum itself where there is one
+    averages: bool  # the base keeps a momentum in every group
     limit: float  # the smallest over the groups
 
 
@@ -47,7 +49,11 @@ def metric(base: Optimizer, grads: dict[Tensor, Tensor]) -> Metric | None:
                 roots.append(root)
                 momenta.append(root * m)
                 limits.append(_limit(base, group))
-    return Metric(flatten(roots), flatten(momenta), min(limits)) if roots else None
+    if not roots:
+        return None
+    momentum = flatten(momenta)
+    averages = all("betas" in group or group.get("momentum") for group in base.param_groups)
+    return Metric(flatten(roots), momentum, momentum, averages, min(limits))
 
 
 def known(base: Optimizer) -> bool:

@@ -33,7 +33,7 @@ from adaptive_opt.records import LayerReading, Reading, Trend
 
 # Cost of one part in gradient-equivalents of the samples it runs on (EVIDENCE: an exact product takes 1.4 to 2.2)
 FORWARD, GRADIENT, PRODUCT, PER_LAYER_STEP = 0.35, 1.0, 2.2, 1.5
-FINANCED = 400  # steps: the first readings are paid for by the budget of this many steps
+FINANCED = 500  # steps: the first readings are paid for by the budget of this many steps
 LAYER_SAMPLES = 8
 
 
@@ -45,6 +45,7 @@ class ProbeMemory:
     top: Tensor | None = None  # (n,) Ritz vector of the largest eigenvalue in the optimizer's metric
     bottom: Tensor | None = None  # (n,) Ritz vector of the most negative eigenvalue of H, from the latest full reading
     spent: float = 0.0  # gradient-equivalents
+    anchor: Tensor | None = None  # (n,) parameters at the latest reading
     last_cheap: int = -1
     last_full: int = -1
 
@@ -53,6 +54,7 @@ class ProbeMemory:
             "generator": self.generator.get_state(),
             "top": self.top,
             "bottom": self.bottom,
+            "anchor": self.anchor,
             "spent": self.spent,
             "last_cheap": self.last_cheap,
             "last_full": self.last_full,
@@ -60,7 +62,8 @@ class ProbeMemory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
-        self.top, self.bottom, self.spent = state["top"], state["bottom"], state["spent"]
+        self.top, self.bottom, self.anchor = state["top"], state["bottom"], state["anchor"]
+        self.spent = state["spent"]
         self.last_cheap, self.last_full = state["last_cheap"], state["last_full"]
 
 
@@ -72,7 +75,7 @@ class LanczosProbe:
     spend 5 % of the gradient work: cheap warm-started readings of the stability at steps 0, 1, 2, 4, ... 64 and evenly
     after that, full ones as the budget allows or when progress stalls, both on `fraction` of the batch. The budget is
     counted in gradient-equivalents, not in seconds, so that a run is reproducible; the first readings are financed by
-    the first 400 steps. `LanczosProbe(overhead=0)` never measures unless `probe_now()` is called.
+    the first 500 steps. `LanczosProbe(overhead=0)` never measures unless `probe_now()` is called.
 
     num_steps: Lanczos steps of each run in a full reading. tol: if given, stop a run early once both ends of the spectrum
     are known to tol * epsilon (costs a host synchronisation every four steps). delta_tol: eigenvalues below
@@ -106,8 +109,11 @@ class LanczosProbe:
         """Never measures by itself."""
         return self.every is None and self.overhead == 0
 
-    def due(self, trend: Trend, memory: ProbeMemory, cheap_cost: float, full_cost: float) -> str | None:
-        """"full", "cheap" or None for this step: deterministic, from counts and costs alone."""
+    def due(self, trend: Trend, memory: ProbeMemory, cheap_cost: float, full_cost: float, watchful: bool = False) -> str | None:
+        """"full", "cheap" or None for this step: deterministic, from counts and costs alone.
+
+        `watchful`: a treatment follows the readings; the whole budget goes into them.
+        """
         step = trend.step
         if self.every is not None:
             return "full" if step % self.every == 0 else None
@@ -118,6 +124,8 @@ class LanczosProbe:
             return "full"  # an alarm may borrow from the steps to come
         if memory.spent + full_cost <= allowance and (step - memory.last_full) * self.overhead >= 2 * full_cost:
             return "full"
+        if watchful and (step - memory.last_cheap) * self.overhead >= cheap_cost:
+            return "cheap" if memory.spent + cheap_cost <= self.overhead * (step + FINANCED) else None
         early = step <= 64 and (step & (step - 1)) == 0  # 0, 1, 2, 4, ... 64
         late = (step - memory.last_cheap) * self.overhead >= 2 * cheap_cost  # half of the budget
         return "cheap" if (early or late) and memory.spent + cheap_cost <= allowance else None
@@ -126,7 +134,7 @@ class LanczosProbe:
         """Gradient-equivalents of a cheap and of a full reading, before they are taken."""
         f = 1.0 if self.every is not None else self._fraction(objective)
         layers = self._layer_fraction(objective) * (GRADIENT + 4 * PER_LAYER_STEP) if num_layers else 0.0
-        cheap = f * (GRADIENT + 3 * PRODUCT)
+        cheap = f * (GRADIENT + 4 * PRODUCT)
         return cheap, f * (GRADIENT + 2 * self.num_steps * PRODUCT) + layers + GRADIENT
 
     def measure(
@@ -153,7 +161,7 @@ class LanczosProbe:
             if cut is not None:
                 target, fraction = cut
         draft = Reading(step=step, loss=math.nan, grad_norm=math.nan, kind=kind, batch_size=target.batch_size, fraction=fraction)
-        m = self._metric(base, target.params, notes)  # before the replay, which lends no .grad
+        m = self._metric(base, target.params, memory, notes)  # before the replay, which lends no .grad
         cost = 0.0
         try:
             draft, cost = self._curvature(target, m, memory, draft, fraction, notes)
@@ -165,9 +173,14 @@ class LanczosProbe:
             cost += spent
         return replace(draft, layers=measured, cost=cost, seconds=time.perf_counter() - began, notes=tuple(notes))
 
-    def _metric(self, base: Optimizer | None, params: Sequence[Tensor], notes: list[str]) -> Metric | None:
+    def _metric(self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, notes: list[str]) -> Metric | None:
         m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None})
         if m is not None and m.root.numel() == sum(p.numel() for p in params):
+            if m.averaged is m.momentum and not m.averages:  # what the steps since the last reading add up to
+                here = flatten(params)
+                if memory.anchor is not None and memory.anchor.shape == here.shape:
+                    m = replace(m, averaged=(memory.anchor - here) / m.root.clamp_min(torch.finfo(here.dtype).tiny))
+                memory.anchor = here
             return m
         notes.append(f"stability, kappa_effective: the coming step of {type(base).__name__} is not known")
         return None
@@ -200,8 +213,9 @@ class LanczosProbe:
         if draft.kind == "full":
             draft = self._full(operator, m, memory, draft)
         elif m is not None:
-            spectrum = self._run(scaled(operator, m.root), self._warm(m, memory), 3 if memory.top is not None else 6)
-            draft = self._stability(draft, spectrum, m, memory)
+            A = scaled(operator, m.root)
+            spectrum = self._run(A, self._warm(m, memory), 3 if memory.top is not None else 6)
+            draft = replace(self._stability(draft, spectrum, m, memory), overshoot=_overshoot(m, operator.gradient, A(m.momentum)))
         price = PRODUCT if operator.backend == "exact" else 2 * GRADIENT
         return replace(draft, hvps=operator.products), fraction * (GRADIENT + operator.products * price)
 
@@ -231,9 +245,13 @@ class LanczosProbe:
         )
         if m is None or not bool(m.root.any()):
             return draft
-        start = m.momentum if bool(m.momentum.any()) else self._random(m.momentum, memory)
+        start = m.averaged if bool(m.averaged.any()) else self._random(m.averaged, memory)
         a = self._run(scaled(operator, m.root), start, self.num_steps)
-        return replace(self._stability(draft, a, m, memory), kappa_effective=_number(effective_condition_number(a)))
+        return replace(
+            self._stability(draft, a, m, memory),
+            kappa_effective=_number(effective_condition_number(a)),
+            overshoot=_overshoot(m, operator.gradient, scaled(operator, m.root)(m.momentum)),
+        )
 
     def _stability(self, draft: Reading, spectrum: Spectrum, m: Metric, memory: ProbeMemory) -> Reading:
         top = spectrum.ritz_vector(-1)
@@ -283,6 +301,12 @@ class LanczosProbe:
     def _layer_fraction(self, objective: Objective) -> float:
         size = objective.batch_size
         return 1.0 if size is None else min(1.0, LAYER_SAMPLES / size)
+
+
+def _overshoot(m: Metric, g: Tensor, Am: Tensor) -> float | None:
+    """(d'Hd / 2) / |g'd| for the coming step d = -root * momentum; None when d does not descend on these samples."""
+    descent, curvature = torch.stack([torch.dot(g, m.root * m.momentum), torch.dot(m.momentum, Am)]).cpu().tolist()
+    return max(curvature, 0.0) / (2 * descent) if descent > 0 else None
 
 
 def _number(x: float) -> float | None:

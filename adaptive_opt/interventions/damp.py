@@ -5,44 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 from adaptive_opt.interventions.base import Applied, Patient
+from adaptive_opt.records import Reading
 
 
 class Damp:
     """Scales the effective learning rate; the user's param_groups and schedule keep their values.
 
-    It engages when a reading finds the step more than twice above the limit (the diagnosis' threshold), holds it at
-    `hold` times the limit from reading to reading, and lets go once the user's own step is below the limit.
+    It engages when the diagnosis says UNSTABLE and follows every reading from then on. rule: "step" holds the step at
+    `hold` / overshoot, the fraction of the coming step at which the quadratic model of the batch loss is lowest when hold
+    is 0.5; "limit" holds it at `hold` / stability; "both" at the geometric mean. It lets go once the user's own step is
+    neither above the limit nor overshoots.
 
-    hold: EVIDENCE: 0.15 suits small batches, where the figure goes stale between readings; 0.5 is better without noise.
     trial: steps after which the loss must have fallen; if it has not, the fraction is halved, twice at most.
     """
 
     name = "damp"
 
-    def __init__(self, hold: float = 0.15, trial: int = 50):
-        if not 0 < hold <= 1 or trial < 1:
-            raise ValueError(f"Damp(hold={hold}, trial={trial}): hold in (0, 1], trial of 1 or more")
-        self.hold, self.trial = hold, trial
+    def __init__(self, hold: float = 0.5, rule: str = "step", trial: int = 50):
+        if not 0 < hold <= 1 or trial < 1 or rule not in ("step", "limit", "both"):
+            raise ValueError(f"Damp(hold={hold}, rule={rule!r}, trial={trial}): hold in (0, 1], trial of 1 or more")
+        self.hold, self.rule, self.trial = hold, rule, trial
         self.scale = 1.0
         self.halved = 0
         self.engaged = False
 
     def apply(self, patient: Patient) -> Applied | None:
-        """Called when the diagnosis says UNSTABLE: engage, or go on."""
-        assert patient.reading is not None and patient.reading.stability is not None
-        fresh, self.engaged = not self.engaged, True
-        self._hold(patient.reading.stability)
-        if not fresh:
+        """Called when the diagnosis says UNSTABLE; readings while it is engaged go through `follow`."""
+        if self.engaged or patient.reading is None:
             return None
+        self.engaged = True
+        self._hold(patient.reading)
         return Applied(f"holding the learning rate at {self.scale:.3g} of the user's", trial=self.trial)
 
-    def follow(self, stability: float) -> bool:
+    def follow(self, reading: Reading) -> bool:
         """A new reading while engaged; returns True when it lets go."""
-        if self.engaged and stability <= 1.0:
+        if not self.engaged or reading.stability is None:
+            return False
+        if reading.stability <= 1.0 and (reading.overshoot or 0.0) <= 1.0:
             self.engaged, self.scale, self.halved = False, 1.0, 0
             return True
-        if self.engaged:
-            self._hold(stability)
+        self._hold(reading)
         return False
 
     def press_on(self) -> bool:
@@ -53,8 +55,11 @@ class Damp:
         self.scale /= 2
         return True
 
-    def _hold(self, stability: float) -> None:
-        self.scale = min(1.0, self.hold * 0.5**self.halved / max(stability, 1e-12))
+    def _hold(self, reading: Reading) -> None:
+        limit = 0.15 / max(reading.stability or 0.0, 1e-12)
+        step = limit if reading.overshoot is None else self.hold / max(reading.overshoot, 1e-12)
+        wanted = {"step": step, "limit": limit, "both": (step * limit) ** 0.5}[self.rule]
+        self.scale = min(1.0, wanted * 0.5**self.halved)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "halved": self.halved, "engaged": self.engaged}

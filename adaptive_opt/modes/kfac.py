@@ -191,18 +191,23 @@ class KFAC:
             p.grad = grad
 
     def _precondition_step(self, ctx: StepContext) -> None:
-        """SGD's own step s, divided by the root second moment in the eigenbasis, with s's norm."""
+        """SGD's own step s, whitened on one side, with s's norm: s R^-1/2 |s| / |s R^-1/2|.
+
+        One side, the inputs' (the outputs' where that is too long): E[G'G]^-1/2 undoes an ill-conditioned input covariance
+        whole (as ASGO: An et al., 2025). Both sides at once undo it twice and never settle (docs/evidence.md, canyon).
+        """
         turned = [(p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready]
         before = [p.detach().clone() for p, _ in turned]
         ctx.base.step()
         for (p, f), old in zip(turned, before, strict=True):
             s = self._matrix(p - old)
-            D = kron.rotate(s, f.QL, f.QR)
-            for eigenvalues, dim in ((f.left, 0), (f.right, 1)):
-                if eigenvalues is not None:
-                    v = eigenvalues / eigenvalues.mean().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
-                    D = D / (v + self.damping).sqrt().unsqueeze(1 - dim)
-            D = kron.rotate_back(D, f.QL, f.QR)
+            QL, QR = (None, f.QR) if f.QR is not None else (f.QL, None)
+            eigenvalues = f.right if f.QR is not None else f.left
+            assert eigenvalues is not None
+            v = eigenvalues / eigenvalues.mean().clamp_min(torch.finfo(eigenvalues.dtype).tiny) + self.damping
+            D = kron.rotate(s, QL, QR)
+            D = D / (v.sqrt() if QR is not None else v.sqrt().unsqueeze(1))
+            D = kron.rotate_back(D, QL, QR)
             D = D * (s.norm() / D.norm().clamp_min(torch.finfo(D.dtype).tiny))
             p.copy_(old + D.to(p.dtype).view(p.shape))
 

@@ -1,0 +1,122 @@
+"""One line of JSON a step, readable while training goes on; and run.json, what the run was."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from adaptive_opt.records import Condition, Decision, Diagnosis, Event, Finding, LayerReading, Reading, StepReport
+
+SCHEMA = 1
+
+
+class JsonlSink:
+    """Writes every StepReport as one line of `run_dir/steps.jsonl`, flushed line by line, and `run_dir/run.json` at once.
+
+    config: anything plain that describes the run. A file that exists is continued, after a resume for example.
+    """
+
+    def __init__(self, run_dir: str | Path, config: Mapping[str, Any] | None = None, seed: int | None = None):
+        self.path = Path(run_dir) / "steps.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        (self.path.parent / "run.json").write_text(json.dumps(describe_run(config, seed), indent=2) + "\n")
+        self._file = self.path.open("a", buffering=1)
+
+    def __call__(self, report: StepReport) -> None:
+        self._file.write(to_json(report) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def describe_run(config: Mapping[str, Any] | None = None, seed: int | None = None) -> dict[str, Any]:
+    """Config, versions, git revision, seed and start of a run, as plain data."""
+    versions = {name: _version(name) for name in ("adaptive-opt", "torch", "numpy", "scipy")}
+    return {
+        "schema": SCHEMA,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "seed": seed,
+        "config": _plain(dict(config)) if config is not None else None,
+        "versions": {"python": platform.python_version(), **versions},
+        "git": _revision(),
+    }
+
+
+def to_json(report: StepReport) -> str:
+    """One line. A number that is NaN or infinite is null: JSON has neither."""
+    return json.dumps(_plain({"schema": SCHEMA, **asdict(report)}), allow_nan=False)
+
+
+def from_json(line: str) -> StepReport:
+    """The report back from its line. Raises ValueError on anything else, with what is wrong."""
+    try:
+        d = json.loads(line)
+        if d.pop("schema") != SCHEMA:
+            raise ValueError(f"schema {SCHEMA} expected")
+        for name, build in (("reading", _reading), ("diagnosis", _diagnosis), ("decision", _decision)):
+            d[name] = None if d[name] is None else build(d[name])
+        return StepReport(**{**d, "events": tuple(Event(**e) for e in d["events"])})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a StepReport line ({error}): {line[:80]!r}") from error
+
+
+def read_reports(run_dir: str | Path) -> Iterator[StepReport]:
+    """The reports of a run, also of one that is being written; lines that are not whole yet, or broken, are passed over."""
+    with (Path(run_dir) / "steps.jsonl").open() as lines:
+        for line in lines:
+            try:
+                yield from_json(line)
+            except ValueError:
+                continue
+
+
+def _reading(d: dict[str, Any]) -> Reading:
+    layers = tuple(LayerReading(**layer) for layer in d["layers"])
+    tuples = {k: tuple(d[k]) for k in ("ritz_values", "ritz_weights", "notes")}
+    numbers = {k: math.nan if d[k] is None else d[k] for k in ("loss", "grad_norm")}
+    return Reading(**{**d, **tuples, **numbers, "layers": layers})
+
+
+def _diagnosis(d: dict[str, Any]) -> Diagnosis:
+    nan = {"value", "threshold"}
+    found = [{k: math.nan if v is None and k in nan else v for k, v in f.items()} for f in d["findings"]]
+    return Diagnosis(d["step"], tuple(Finding(**{**f, "condition": Condition(f["condition"])}) for f in found))
+
+
+def _decision(d: dict[str, Any]) -> Decision:
+    return Decision(**{**d, "interventions": tuple(d["interventions"])})
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(v) for v in x]
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return x if x is None or isinstance(x, (str, int, bool)) else str(x)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    try:
+        out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None

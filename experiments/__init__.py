@@ -1,0 +1,1 @@
+"""Experiments: tasks, the loop, and the Hydra entry point train.py."""

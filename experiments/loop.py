@@ -1,0 +1,71 @@
+"""The training loop: the same lines for the bare and for the wrapped optimizer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from adaptive_opt import AdaptiveOptimizer
+from experiments.faults import Faults
+from experiments.tasks.base import Task
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    metrics: dict[str, float]
+    losses: list[float] = field(repr=False, default_factory=list)  # training loss of every step
+    seconds: float = 0.0  # of training, without evaluation
+    steps: int = 0
+    overhead: float = 0.0  # probing, in gradient-equivalents a step
+    treatment: float = 0.0  # replays of modes and treatments, likewise
+    treatments: list[str] = field(default_factory=list)  # the log's sentences
+
+
+def train(
+    task: Task,
+    optimizer: Optimizer,
+    *,
+    steps: int | None = None,
+    faults: Faults | None = None,
+    schedule: Any = None,
+    title: str = "",
+    until: Callable[[float], bool] | None = None,
+) -> Outcome:
+    """Train for `steps` (the task's own by default), or until `until(loss)` holds."""
+    total = task.steps if steps is None else steps
+    losses, log = [], []
+    began = time.perf_counter()
+    for step in tqdm(range(total), desc=title, leave=False, disable=not sys.stderr.isatty()):
+        x, y = task.batch(step)
+        if faults is not None:
+            x = faults(x)
+        optimizer.zero_grad()
+        loss = task.loss_fn(task.model(x), y)
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        losses.append(float(loss.detach()))
+        if isinstance(optimizer, AdaptiveOptimizer) and optimizer.report is not None:
+            log += [event.sentence() for event in optimizer.report.events]
+        if until is not None and until(losses[-1]):
+            break
+    seconds = time.perf_counter() - began
+    out = Outcome(task.evaluate(), losses, seconds, len(losses), treatments=log)
+    if isinstance(optimizer, AdaptiveOptimizer) and optimizer.report is not None:
+        out.overhead = optimizer.report.probe_cost / len(losses)
+        out.treatment = optimizer.report.treatment_cost / len(losses)
+    return out
+
+
+def set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""Tasks: a model, its loss and its data. One file a task; configs/task names it."""

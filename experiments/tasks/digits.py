@@ -1,0 +1,35 @@
+"""1797 real digits of 8 x 8 pixels (scikit-learn): 1400 to train an MLP on, 397 to test it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from experiments.tasks.base import Classification
+
+
+class Digits(Classification):
+    """A ReLU MLP; `depth` hidden layers, their weights multiplied by `gain` at the start."""
+
+    def __init__(self, seed: int = 0, batch_size: int = 64, steps: int = 400, width: int = 64, depth: int = 2, gain: float = 1.0):
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise SystemExit('task=digits needs scikit-learn: pip install "adaptive-opt[experiments]"') from error
+        torch.manual_seed(seed)
+        sizes = [64, *[width] * depth]
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Linear(width, 10))
+        with torch.no_grad():
+            for layer in model:
+                if isinstance(layer, nn.Linear):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu").mul_(gain)
+                    nn.init.zeros_(layer.bias)
+        data = load_digits()
+        x = torch.tensor(data.data / 16.0, dtype=torch.float32)
+        y = torch.tensor(data.target)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        x, y = x[order], y[order]
+        super().__init__(model, (x[:1400], y[:1400]), (x[1400:], y[1400:]), batch_size, steps, seed)

@@ -73,6 +73,7 @@ class Controller:
         self.scaled_loss = False
         self.clip_norm: float | None = None
         self.treatment_cost = 0.0
+        self.alarm = False  # something was just undone: look again as soon as possible
         self.reading: Reading | None = None
         self.diagnosis: Diagnosis | None = None
         self.buffers: dict[str, Tensor] = {}
@@ -145,7 +146,8 @@ class Controller:
             return None
         layers = len(self.first_layers or ()) if self.first_layers is not None else int(self.model is not None)
         cheap, full = self.probe.costs(ctx.objective, layers)
-        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self.lr_scale < 1)
+        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self.lr_scale < 1, alarm=self.alarm)
+        self.alarm = False
         if kind is None:
             return None
         try:
@@ -254,6 +256,7 @@ class Controller:
                 self._restore_buffers()
                 if applied.trial:
                     self.signals.forget()
+                    self.alarm = True
             if applied.skip or applied.step_taken:
                 instead = applied
         return instead
@@ -533,6 +536,7 @@ class Controller:
             "scaled_loss": self.scaled_loss,
             "clip_norm": self.clip_norm,
             "treatment_cost": self.treatment_cost,
+            "alarm": self.alarm,
             "probe": self.memory.state_dict(),
             "signals": self.signals.state_dict(),
             "modes": {name: mode.state_dict() for name, mode in self.modes.items()},
@@ -551,7 +555,7 @@ class Controller:
         """Take over a checkpoint; tensors are put where the parameters are."""
         device = self._all_params()[0].device
         state = _on(state, device)
-        for name in ("steps", "mode", "mode_since", "trusted", "distrust", "scaled_loss", "clip_norm", "treatment_cost"):
+        for name in ("steps", "mode", "mode_since", "trusted", "distrust", "scaled_loss", "clip_norm", "treatment_cost", "alarm"):
             setattr(self, name, state[name])
         self.not_before, self.failures = dict(state["not_before"]), dict(state["failures"])
         self.kappas, self.buffers = list(state["kappas"]), dict(state["buffers"])

@@ -15,7 +15,8 @@ class Thresholds:
     """Where a number becomes a condition. Sources: docs/evidence.md."""
 
     unstable: float = 2.0  # times the stability limit; around 1 is normal (Cohen et al., 2021)
-    overshoot: float = 2.0  # and the quadratic model sees this very step raise the loss by as much as it could lower it
+    overshoot: float = 2.0  # and this very step raises the quadratic model's loss, while the loss is seen to rise,
+    overshoot_alone: float = 5.0  # or raises it so far that waiting for the loss would be too late
     sharp: float = 0.8  # of the stability limit
     negative: float = 0.01  # |lambda_min| / epsilon, from which an eigenvalue counts as negative
     kappa_effective: float = 50.0  # median of the last three; char-GPT reads 12 to 20, all that gain from K-FAC more
@@ -57,8 +58,10 @@ def _of_reading(
     r: Reading, trend: Trend, kappas: Sequence[float], first: Sequence[LayerReading] | None, t: Thresholds
 ) -> list[Finding]:
     found: list[Finding] = []
-    if r.stability is not None and r.stability > t.unstable and (r.overshoot or 0.0) > t.overshoot:
-        sentence = f"the step is {r.stability:.3g} times its stability limit and overshoots {r.overshoot:.3g} times"
+    overshoot = r.overshoot or 0.0
+    too_far = overshoot > t.overshoot_alone or (overshoot > t.overshoot and trend.rising)
+    if r.stability is not None and r.stability > t.unstable and too_far:
+        sentence = f"the step is {r.stability:.3g} times its stability limit and overshoots {overshoot:.3g} times"
         found.append(Finding(Condition.UNSTABLE, r.stability, t.unstable, sentence))
     if trend.stalled and r.lambda_min is not None and r.epsilon and r.lambda_min < -t.negative * r.epsilon:
         size = -r.lambda_min / r.epsilon

@@ -35,7 +35,8 @@ class Metric:
 def metric(base: Optimizer, grads: dict[Tensor, Tensor]) -> Metric | None:
     """The metric of the step that `base` is about to take with `grads`; None for an optimizer it does not know.
 
-    The state is advanced on paper by these gradients, as `base.step()` will: at the first step too it is the step's own.
+    The state is advanced on paper by these gradients, as `base.step()` will: at the first step too it is the step's own
+    (RMSprop's without the transient of its first 1 / (1 - alpha) steps, which healthy runs survive).
     """
     roots, momenta, limits = [], [], []
     for group in base.param_groups:
@@ -101,6 +102,8 @@ def _adam(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tenso
 def _rmsprop(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
     alpha = float(group["alpha"])
     v = (1 - alpha) * g * g + (alpha * state["square_avg"] if "square_avg" in state else 0)
+    # torch's has no bias correction: its first steps are up to 1/sqrt(1 - alpha) longer and recover by themselves
+    v = v / (1 - alpha ** (float(state.get("step", 0)) + 1))
     if group["centered"]:
         mean = (1 - alpha) * g + (alpha * state["grad_avg"] if "grad_avg" in state else 0)
         v = v - mean * mean

@@ -109,10 +109,10 @@ class LanczosProbe:
         """Never measures by itself."""
         return self.every is None and self.overhead == 0
 
-    def due(self, trend: Trend, memory: ProbeMemory, cheap_cost: float, full_cost: float, watchful: bool = False) -> str | None:
+    def due(self, trend: Trend, memory: ProbeMemory, cheap_cost: float, full_cost: float, watchful: bool = False, alarm: bool = False) -> str | None:
         """"full", "cheap" or None for this step: deterministic, from counts and costs alone.
 
-        `watchful`: a treatment follows the readings; the whole budget goes into them.
+        `watchful`: a treatment follows the readings; the whole budget goes into them. `alarm`: look now.
         """
         step = trend.step
         if self.every is not None:
@@ -124,6 +124,8 @@ class LanczosProbe:
             return "full"  # an alarm may borrow from the steps to come
         if memory.spent + full_cost <= allowance and (step - memory.last_full) * self.overhead >= 2 * full_cost:
             return "full"
+        if alarm and memory.spent + cheap_cost <= self.overhead * (step + 2 * FINANCED):
+            return "cheap"
         if watchful and (step - memory.last_cheap) * self.overhead >= cheap_cost:
             return "cheap" if memory.spent + cheap_cost <= self.overhead * (step + FINANCED) else None
         early = step <= 64 and (step & (step - 1)) == 0  # 0, 1, 2, 4, ... 64

@@ -113,6 +113,7 @@ class Trend:
     finite: bool = True
     spike: bool = False  # loss and gradient norm both jumped
     stalled: bool = False  # no progress over the stall window
+    rising: bool = False  # loss well above its running median
     lost: float = 0.0  # share of all progress that is gone again: 0 at the best level so far, 1 at the start's
 
 

@@ -11,6 +11,7 @@ from adaptive_opt.records import Trend
 WINDOW = 200  # good steps that "what this run has shown" looks back on
 LEARNED = 5  # good steps before anything can stand out
 JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window; measured: docs/evidence.md, "broken steps"
+RISE = 1.5  # times the running median
 STALL = 40  # observed losses over which progress is judged
 STALL_GAIN, STALL_NOISE = 0.01, 0.1  # relative to the loss: less gain than that, and quieter than that
 
@@ -36,6 +37,7 @@ class Signals:
             finite=finite,
             spike=finite and self._spike(loss, grad_norm),
             stalled=self._stalled(),
+            rising=bool(self.losses) and loss is not None and loss > RISE * abs(median(self.losses[-20:])),
             lost=self._lost(),
         )
 

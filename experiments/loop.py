@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -65,7 +64,3 @@ def train(
         out.overhead = optimizer.report.probe_cost / len(losses)
         out.treatment = optimizer.report.treatment_cost / len(losses)
     return out
-
-
-def set_threads(threads: int) -> None:
-    torch.set_num_threads(threads)

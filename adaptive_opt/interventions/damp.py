@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from torch.optim import Optimizer
 
 from adaptive_opt.interventions.base import Applied, Patient
 from adaptive_opt.records import Reading
+
+MOMENTUM, PLAIN, ADAPTIVE = 0.15, 0.5, 1.0  # of the stability limit; measured: docs/evidence.md, "damp"
+STATE = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction")
 
 
 class Damp:
@@ -21,30 +27,44 @@ class Damp:
 
     name = "damp"
 
-    def __init__(self, hold: float = 0.5, rule: str = "step", trial: int = 50):
-        if not 0 < hold <= 1 or trial < 1 or rule not in ("step", "limit", "both"):
-            raise ValueError(f"Damp(hold={hold}, rule={rule!r}, trial={trial}): hold in (0, 1], trial of 1 or more")
-        self.hold, self.rule, self.trial = hold, rule, trial
+    def __init__(self, hold: float = 0.5, rule: str = "both", trial: int = 50, calm: int = 30):
+        if not 0 < hold <= 1 or trial < 1 or calm < 0 or rule not in ("step", "limit", "both"):
+            raise ValueError(f"Damp(hold={hold}, rule={rule!r}, trial={trial}, calm={calm}): hold in (0, 1], trial of 1 or more")
+        self.hold, self.rule, self.trial, self.calm = hold, rule, trial, calm
         self.scale = 1.0
         self.halved = 0
-        self.engaged = False
+        self.since: int | None = None  # step at which it engaged
+        self.readings = 0  # since then
+        self.fraction = MOMENTUM
+        self.stability = self.overshoot = 0.0  # logarithms, averaged over the readings since then
+
+    @property
+    def engaged(self) -> bool:
+        return self.since is not None
 
     def apply(self, patient: Patient) -> Applied | None:
         """Called when the diagnosis says UNSTABLE; readings while it is engaged go through `follow`."""
-        if self.engaged or patient.reading is None:
+        r = patient.reading
+        if self.engaged or r is None or r.stability is None or r.overshoot is None:
             return None
-        self.engaged = True
-        self._hold(patient.reading)
+        self.since, self.readings, self.halved = r.step, 1, 0
+        self.fraction = _fraction(patient.ctx.base)
+        self.stability, self.overshoot = _log(r.stability), _log(r.overshoot)
+        self._hold()
         return Applied(f"holding the learning rate at {self.scale:.3g} of the user's", trial=self.trial)
 
     def follow(self, reading: Reading) -> bool:
         """A new reading while engaged; returns True when it lets go."""
-        if not self.engaged or reading.stability is None:
+        if self.since is None or reading.stability is None or reading.step == self.since:
             return False
-        if reading.stability <= 1.0 and (reading.overshoot or 0.0) <= 1.0:
-            self.engaged, self.scale, self.halved = False, 1.0, 0
+        self.readings += 1
+        self.stability = (self.stability + _log(reading.stability)) / 2
+        if reading.overshoot is not None:  # None: this batch saw no descent, which says nothing about the step's length
+            self.overshoot = (self.overshoot + _log(reading.overshoot)) / 2
+        if self.overshoot <= 0 and self.readings > 3 and reading.step - self.since >= self.calm:
+            self.since, self.scale, self.halved = None, 1.0, 0
             return True
-        self._hold(reading)
+        self._hold()
         return False
 
     def press_on(self) -> bool:
@@ -55,14 +75,25 @@ class Damp:
         self.scale /= 2
         return True
 
-    def _hold(self, reading: Reading) -> None:
-        limit = 0.15 / max(reading.stability or 0.0, 1e-12)
-        step = limit if reading.overshoot is None else self.hold / max(reading.overshoot, 1e-12)
-        wanted = {"step": step, "limit": limit, "both": (step * limit) ** 0.5}[self.rule]
+    def _hold(self) -> None:
+        limit, step = self.fraction / math.exp(self.stability), self.hold / math.exp(self.overshoot)
+        wanted = {"step": step, "limit": limit, "both": math.sqrt(step * limit)}[self.rule]
         self.scale = min(1.0, wanted * 0.5**self.halved)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "halved": self.halved, "engaged": self.engaged}
+        return {k: getattr(self, k) for k in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scale, self.halved, self.engaged = state["scale"], state["halved"], state["engaged"]
+        for k in STATE:
+            setattr(self, k, state[k])
+
+
+def _fraction(base: Optimizer) -> float:
+    """Momentum carries the noise of many batches; without it the step may go closer to the limit, RMSprop's up to it."""
+    if any("betas" in group or group.get("momentum") for group in base.param_groups):
+        return MOMENTUM
+    return PLAIN if type(base).__name__ == "SGD" else ADAPTIVE
+
+
+def _log(x: float) -> float:
+    return math.log(max(x, 0.1))  # a negative curvature along the step reads 0

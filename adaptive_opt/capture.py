@@ -89,6 +89,8 @@ class ModelCall:
 class Capture:
     """Forward hooks on `model` and `loss_fn` that remember, by reference, what the next step is made of."""
 
+    replaying = 0  # of the class: one optimizer's replay is no batch of another that listens to the same model
+
     def __init__(self, model: nn.Module, loss_fn: nn.Module | None):
         self.model = original(model)
         self.loss_fn = loss_fn
@@ -106,7 +108,10 @@ class Capture:
     @property
     def listening(self) -> bool:
         # Inside a traced graph nothing can be remembered: hooks on the module that torch.compile returns run outside it.
-        return self.armed and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.armed and not Capture.replaying and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _deaf, ()  # a copied or pickled model carries its hooks along: there they hear nothing
 
     def close(self) -> None:
         for handle in self.handles:
@@ -127,7 +132,10 @@ class Capture:
         if not pairs:
             return None
         total = torch.stack([(v * w).sum().float() for v, w in pairs]).sum()
-        return total / torch.stack([w.sum().float() for _, w in pairs]).sum()
+        # absolute values: in a difference of two losses the weights add up to nothing
+        return total / torch.stack([w.abs().sum().float() for _, w in pairs]).sum().clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.listening:
@@ -160,15 +168,27 @@ class Capture:
             return
         owner = self._owner((args, kwargs))
         if owner is None:
-            self.problem = (
-                "loss_fn was given a tensor that is neither the model's output nor a view of it; move the computation "
-                "between model and loss_fn into one of them, or pass objective="
-            )
-            if self.calls:
-                self.calls[-1].refusal = self.problem
+            self._refuse(loss)
             return
         call, filled = owner
         self._watch(call, filled, loss)
+
+    def _refuse(self, loss: Tensor) -> None:
+        """Say why this loss cannot be replayed; it matters if backward passes through it."""
+        self.problem = problem = (
+            "loss_fn was given a tensor that is neither the model's output nor a view of it; move the computation "
+            "between model and loss_fn into one of them, or pass objective="
+            if self.calls
+            else "loss_fn was called, the model was not; give the very module that the training loop calls "
+            "(what torch.compile returned, not what it compiled)"
+        )
+        if self.calls and loss.requires_grad:
+            call = self.calls[-1]
+
+            def on_backward(grad: Tensor) -> None:
+                call.refusal = problem
+
+            loss.register_hook(on_backward)
 
     def _owner(self, arguments: Any) -> tuple[ModelCall, Any] | None:
         """The latest model call whose outputs explain every tensor that carries a graph; with Slots put in."""
@@ -208,7 +228,15 @@ class Capture:
         loss.register_hook(on_backward)
 
 
-def evaluate(model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall], enter: Callable[[Ambient], Any]) -> Tensor:
+def _deaf() -> Capture:
+    capture = Capture.__new__(Capture)
+    capture.armed = False
+    return capture
+
+
+def evaluate(
+    model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall], enter: Callable[[Ambient], Any]
+) -> Tensor:
     """The captured loss again, with a fresh graph: sum over the calls of weight * loss. `enter` sets the ambient state."""
     total: Tensor | None = None
     for call in calls:
@@ -232,7 +260,9 @@ def evaluate(model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall]
     return total
 
 
-def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -> tuple[list[ModelCall], int, float] | None:
+def subset(
+    calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float
+) -> tuple[list[ModelCall], int, float] | None:
     """The first samples of the batch as calls of their own: (calls, samples, true fraction), or None if it cannot be cut."""
     keep = max(1, round(fraction * len(calls)))
     scale = len(calls) / keep
@@ -242,7 +272,11 @@ def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -
         if None in sizes:
             return None
         total = sum(batch_size(c) or 0 for c in calls)
-        return [_weighted(call, scale) for call in chosen], sum(s or 0 for s in sizes), sum(s or 0 for s in sizes) / max(total, 1)
+        return (
+            [_weighted(call, scale) for call in chosen],
+            sum(s or 0 for s in sizes),
+            sum(s or 0 for s in sizes) / max(total, 1),
+        )
     cut = [_cut(call, loss_fn, fraction) for call in chosen]
     if any(c is None for c in cut):
         return None
@@ -293,7 +327,7 @@ def find_slot(t: Tensor, outputs: list[Tensor]) -> Slot | None:
             return Slot(index, None, None)
     for index, out in enumerate(outputs):
         if t._is_view() and t.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() and t.dtype == out.dtype:
-            view = (t.size(), t.stride(), t.storage_offset() - out.storage_offset())
+            view = (t.size(), t.stride(), int(t.storage_offset() - out.storage_offset()))
             plain = t.is_contiguous() and out.is_contiguous() and t.numel() == out.numel() and t.dim() and out.dim()
             rows = t.shape[0] // out.shape[0] if plain and out.shape[0] and t.shape[0] % out.shape[0] == 0 else None
             return Slot(index, view, rows)

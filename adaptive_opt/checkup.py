@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_opt.capture import batch_size, device_of, map_tensors, ModelCall, Ambient
+from adaptive_opt.capture import Ambient, ModelCall, batch_size, device_of, map_tensors, rng_state, set_rng_state
 from adaptive_opt.objective import Objective
 from adaptive_opt.probe import LanczosProbe, ProbeMemory
 from adaptive_opt.records import Reading
@@ -33,10 +33,12 @@ def checkup(
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("checkup(model, ...): no parameter of the model requires gradients")
+    rng = rng_state(device_of(model))
     batches = _batches(data, max_batches, device_of(model))
-    if not batches:
-        raise ValueError("checkup(model, loss_fn, data): the data is empty")
+    set_rng_state(rng)  # a DataLoader draws its seed from the global generator
     source = _Batches(model, loss_fn, batches)
+    if not any(source.sizes):
+        raise ValueError("checkup(model, loss_fn, data): the data is empty")
     probe = LanczosProbe(every=1, num_steps=num_steps)
     memory = ProbeMemory(torch.Generator().manual_seed(seed))
     reading = probe.measure(Objective(source, params), None, model, memory, step=0, whole=True)
@@ -52,16 +54,20 @@ class _Batches:
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self.modules = [*model.modules(), *(loss_fn.modules() if isinstance(loss_fn, nn.Module) else ())]
         self._ambient = Ambient.now(self.modules, device_of(model))
-        self.sizes = [batch_size(ModelCall(x, self._ambient)) or 1 for x, _ in batches]
+        sizes = [batch_size(ModelCall(x, self._ambient)) for x, _ in batches]
+        self.sizes = [1 if size is None else size for size in sizes]
 
     def ambient(self) -> Ambient:
         return self._ambient
 
     def evaluate(self) -> Tensor:
         whole = sum(self.sizes)
-        parts = [
-            self.loss_fn(self.model(x), y) * (size / whole) for (x, y), size in zip(self.batches, self.sizes, strict=True)
-        ]
+        parts = []
+        for (x, y), size in zip(self.batches, self.sizes, strict=True):
+            loss = self.loss_fn(self.model(x), y)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                return loss  # the objective says what is wrong with it
+            parts.append(loss.reshape(()) * (size / whole))
         return torch.stack(parts).sum()
 
 

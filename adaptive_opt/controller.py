@@ -22,7 +22,16 @@ from adaptive_opt.modes.base import overridden
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, agreement
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe, ProbeMemory
-from adaptive_opt.records import Condition, Decision, Diagnosis, Event, History, LayerReading, Reading, StepReport, Trend
+from adaptive_opt.records import (
+    Decision,
+    Diagnosis,
+    Event,
+    History,
+    LayerReading,
+    Reading,
+    StepReport,
+    Trend,
+)
 from adaptive_opt.signals import Signals
 
 SAMPLE_EVERY = 10  # steps between looks at a loss that nothing else shows (objective= without a closure)
@@ -63,6 +72,7 @@ class Controller:
         self.signals = Signals()
         self.steps = 0
         self.mode, self.mode_since = "base", 0
+        self.mode_is_treatment = False  # entered because something was wrong, not because a baseline says so
         self.trial: Trial | None = None
         self.not_before: dict[str, int] = {}
         self.failures: dict[str, int] = {}
@@ -70,7 +80,7 @@ class Controller:
         self.first_layers: tuple[LayerReading, ...] | None = None
         self.trusted: bool | None = None  # None: not compared yet
         self.distrust = ""
-        self.scaled_loss = False
+        self.scaled_loss = 0.0  # a gradient scaler's factor on the sum of the captured weights; 0: there is none
         self.clip_norm: float | None = None
         self.treatment_cost = 0.0
         self.alarm = False  # something was just undone: look again as soon as possible
@@ -102,7 +112,11 @@ class Controller:
             self._switch(decision, ctx, trend, events)
             if applied is None:
                 self._keep(trend)
-                with overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale) if self.lr_scale != 1 else _nothing():
+                with (
+                    overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale)
+                    if self.lr_scale != 1
+                    else _nothing()
+                ):
                     self.modes[self.mode].step(ctx)
                 stepped = True
                 self._good(trend)
@@ -110,8 +124,15 @@ class Controller:
         report = self._report(trend, reading, diagnosis, decision, events, stepped)
         self.steps += 1
         self.reading, self.diagnosis = reading or self.reading, diagnosis
-        self._forget_batch()
+        self.forget_batch()
         return report
+
+    def pass_on(self) -> StepReport:
+        """The step of a wrapper that has nothing to look at and nothing to do: the base's own."""
+        self.base.step()
+        self.forget_batch()
+        self.steps += 1
+        return StepReport(self.steps - 1, None, None, float(self.base.param_groups[0]["lr"]), 1.0, "base", stepped=True)
 
     @property
     def lr_scale(self) -> float:
@@ -121,7 +142,11 @@ class Controller:
     @property
     def passive(self) -> bool:
         """Nothing is measured by itself and nothing is ever done: the wrapper need not even look."""
-        return self.probe.idle and getattr(self.policy, "mode", None) == "base" and not getattr(self.policy, "interventions", True)
+        return (
+            self.probe.idle
+            and getattr(self.policy, "mode", None) == "base"
+            and not getattr(self.policy, "interventions", True)
+        )
 
     # ---- measure ------------------------------------------------------------------------------------------------
 
@@ -131,7 +156,13 @@ class Controller:
         grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         value = loss if loss is not None else self.capture.loss() if self.capture is not None else None
-        if value is None and self.given is not None and self.trusted and self.steps % SAMPLE_EVERY == 0 and ctx.objective:
+        if (
+            value is None
+            and self.given is not None
+            and self.trusted
+            and self.steps % SAMPLE_EVERY == 0
+            and ctx.objective
+        ):
             value = ctx.objective.loss()
             self.memory.spent += FORWARD
         if isinstance(value, Tensor):
@@ -154,13 +185,19 @@ class Controller:
             if (kind == "full" or self.trusted is None) and not self._gate(ctx, events):
                 return None
             reading = self.probe.measure(
-                ctx.objective, self.base, self.model, self.memory, self.steps, kind, layers=kind == "full" or self.first_layers is None
+                ctx.objective,
+                self.base,
+                self.model,
+                self.memory,
+                self.steps,
+                kind,
+                layers=kind == "full" or self.first_layers is None,
             )
         except Exception as error:
-            self._distrust(f"the batch could not be evaluated again: {error}", events)
+            self._distrust(f"the batch could not be evaluated again: {_first_line(error)}", events)
             return None
         self._account(reading, kind)
-        return reading
+        return self._with_notes(reading)
 
     def probe_now(self, ctx: StepContext) -> Reading:
         """A full reading of the whole present batch, off schedule. Raises ReplayError when there is nothing to replay."""
@@ -168,8 +205,12 @@ class Controller:
             raise ReplayError(f"probe_now(): {self._why_no_objective()}")
         reading = self.probe.measure(ctx.objective, self.base, self.model, self.memory, self.steps, "full", whole=True)
         self.memory.spent += reading.cost
-        self.reading = reading
-        return reading
+        self.reading = self._with_notes(reading)
+        return self.reading
+
+    def _with_notes(self, reading: Reading) -> Reading:
+        left_out = self._unmeasured()
+        return replace(reading, notes=(*reading.notes, f"not measured: {left_out}")) if left_out else reading
 
     def _account(self, reading: Reading, kind: str) -> None:
         self.memory.spent += reading.cost
@@ -182,8 +223,7 @@ class Controller:
     def _gate(self, ctx: StepContext, events: list[Event]) -> bool:
         """The trust gate: does a replay reproduce the gradient that the user's backward left?"""
         assert ctx.objective is not None
-        scale = self._captured_scale() if self.scaled_loss else 1.0
-        ctx.objective.loss_scale = scale
+        ctx.objective.loss_scale = self._loss_scale()
         replayed = ctx.objective.gradient()
         self.memory.spent += GRADIENT
         cosine, ratio = agreement(replayed, [p.grad for p in ctx.objective.params])
@@ -198,10 +238,14 @@ class Controller:
             )
             return False
         captured = self._captured_scale()
-        if not self.scaled_loss and captured >= 8 and abs(math.log2(captured) % 1) < 1e-6 and ratio >= 0.99 * captured:
-            self.scaled_loss = True  # a gradient scaler multiplied the loss and has divided the gradients already
-            ratio /= captured
-            ctx.objective.loss_scale = captured
+        if not self.scaled_loss and captured >= 2 and ratio >= 8:
+            # A gradient scaler multiplied the loss and has divided the gradients already? It does so by powers of two.
+            if _power_of_two(ratio):  # also where the loss is a sum, or weighted by sample
+                self.scaled_loss = ratio / captured
+            elif _power_of_two(captured) and ratio >= 0.99 * captured:  # and the user clips
+                self.scaled_loss = 1.0
+            ctx.objective.loss_scale = self._loss_scale()
+            ratio /= ctx.objective.loss_scale
         self.clip_norm = self._grad_norm(ctx) if ratio > 1.01 else None
         ctx.objective.clip_norm = self.clip_norm
         self.trusted = True
@@ -239,16 +283,16 @@ class Controller:
         """The interventions decided on; returns what stands in for this step, if anything does."""
         patient = Patient(ctx, trend, reading, self.memory.bottom, self.model)
         instead: Applied | None = None
-        for name in decision.interventions:
+        for name, why in zip(decision.interventions, decision.reasons, strict=True):
             if name not in self.interventions or instead is not None:
                 continue
             applied: Applied | None = self.interventions[name].apply(patient)
             if applied is None:
                 if name not in ("damp", "rollback"):
                     self._wait(name)
-                    events.append(Event(self.steps, name, decision.reason, "found nothing that helps", "done"))
+                    events.append(Event(self.steps, name, why, "found nothing that helps", "done"))
                 continue
-            event = Event(self.steps, name, decision.reason, applied.done, applied.outcome, applied.result)
+            event = Event(self.steps, name, why, applied.done, applied.outcome, applied.result)
             events.append(event)
             if applied.trial:
                 self._start_trial(name, event, applied, trend)
@@ -259,13 +303,34 @@ class Controller:
                     self.alarm = True
             if applied.skip or applied.step_taken:
                 instead = applied
+            if applied.trial and name != "damp":
+                self._moved(name, ctx, events)
         return instead
+
+    def _moved(self, name: str, ctx: StepContext, events: list[Event]) -> None:
+        """The parameters jumped: damp's averages are of another place, and a mode that broke the run is out."""
+        damp = self.interventions.get("damp")
+        if isinstance(damp, Damp):
+            damp.moved = True
+        if name == "rollback" and self.mode_is_treatment:
+            self.modes[self.mode].exit(ctx)
+            events.append(
+                Event(self.steps, self.mode, "the run broke in this mode", f"back from {self.mode} to base", "reverted")
+            )
+            self._wait(self.mode)
+            self.mode, self.mode_since, self.mode_is_treatment = "base", self.steps, False
 
     def _start_trial(self, name: str, event: Event, applied: Applied, trend: Trend) -> None:
         level = trend.usual_loss if trend.usual_loss is not None else trend.loss
         if self.trial is None or name == "rollback":
             self.trial = Trial(
-                name, event, self.steps + applied.trial, level, self.signals.losses[-50:], applied.before, name == "escape"
+                name,
+                event,
+                self.steps + applied.trial,
+                level,
+                self.signals.losses[-50:],
+                applied.before,
+                name == "escape",
             )
 
     def _switch(self, decision: Decision, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
@@ -277,7 +342,9 @@ class Controller:
             return
         self.modes[self.mode].exit(ctx)
         self.modes[wanted].enter(ctx)
-        event = Event(self.steps, wanted, decision.reason or "the policy says so", f"switched from {self.mode} to {wanted}")
+        event = Event(
+            self.steps, wanted, decision.reason or "the policy says so", f"switched from {self.mode} to {wanted}"
+        )
         if decision.expects is not None and wanted != "base":
             before = Snapshot.take(self.steps, self.base)
             level = self._validation() if wanted == "sam" and self.validate is not None else trend.usual_loss
@@ -285,7 +352,11 @@ class Controller:
             events.append(event)
         else:
             events.append(replace(event, outcome="done"))
-        self.mode, self.mode_since = wanted, self.steps
+        self.mode, self.mode_since, self.mode_is_treatment = (
+            wanted,
+            self.steps,
+            self.trial is not None and self.trial.name == wanted,
+        )
 
     def _first_look(self, ctx: StepContext, events: list[Event]) -> bool:
         """A mode that replays is wanted before anything was measured: ask the gate first."""
@@ -294,7 +365,7 @@ class Controller:
         try:
             return self._gate(ctx, events)
         except Exception as error:
-            self._distrust(f"the batch could not be evaluated again: {error}", events)
+            self._distrust(f"the batch could not be evaluated again: {_first_line(error)}", events)
             return False
 
     def _follow(self, reading: Reading | None, events: list[Event], trend: Trend) -> None:
@@ -314,7 +385,9 @@ class Controller:
         if trial is None or self.steps < trial.until:
             return False
         self.trial = None
-        since = [*self.signals.losses, *([trend.loss] if trend.loss is not None else [])][-(self.steps - trial.event.step) or None :]
+        since = [*self.signals.losses, *([trend.loss] if trend.loss is not None else [])][
+            -(self.steps - trial.event.step) or None :
+        ]
         if trial.displacement:
             kept, result = self._with_and_without(trial, ctx)
         elif trial.name == "sam" and self.validate is not None:
@@ -343,7 +416,7 @@ class Controller:
         """Out of a mode; back to the snapshot if the loss is worse than it was there."""
         if trial.name in self.modes:
             self.modes[self.mode].exit(ctx)
-            self.mode, self.mode_since = "base", self.steps
+            self.mode, self.mode_since, self.mode_is_treatment = "base", self.steps, False
             now = self.signals.losses[-10:]
             if trial.level is not None and now and sorted(now)[len(now) // 2] <= trial.level:
                 return False  # the loss did fall: only the mode goes
@@ -386,13 +459,19 @@ class Controller:
     # ---- the rim ------------------------------------------------------------------------------------------------
 
     def _context(self, closure: Callable[[], Any] | None, ambient: Ambient | None) -> StepContext:
-        everything = self._all_params()
-        chosen = [(i, p) for i, p in enumerate(everything) if p.grad is not None and _plain(p) and not p.grad.is_sparse]
+        chosen = self._measurable()
         params = [p for _, p in chosen]
         objective = self._objective(closure, ambient, params) if self.trusted is not False and params else None
         return StepContext(self.base, params, [i for i, _ in chosen], objective)
 
-    def _objective(self, closure: Callable[[], Any] | None, ambient: Ambient | None, params: list[Tensor]) -> Objective | None:
+    def _measurable(self) -> list[tuple[int, Tensor]]:
+        """Dense, real parameters with a gradient, and their positions among all."""
+        everything = enumerate(self._all_params())
+        return [(i, p) for i, p in everything if p.grad is not None and _plain(p) and not p.grad.is_sparse]
+
+    def _objective(
+        self, closure: Callable[[], Any] | None, ambient: Ambient | None, params: list[Tensor]
+    ) -> Objective | None:
         calls = self.capture.step_calls() if self.capture is not None else []
         modules = self.capture.modules if self.capture is not None else []
         if self.given is not None:
@@ -407,27 +486,34 @@ class Controller:
             return None
         objective = Objective(source, params, self.capture)
         objective.clip_norm = self.clip_norm
-        objective.loss_scale = self._captured_scale() if self.scaled_loss else 1.0
+        objective.loss_scale = self._loss_scale()
         return objective
 
     def _why_no_objective(self) -> str:
         if self.trusted is False:
             return self.distrust
-        if self.capture is not None and self.capture.problem:
-            return self.capture.problem
+        refusals = [c.refusal for c in self.capture.calls if c.refusal] if self.capture is not None else []
+        if self.capture is not None and (refusals or self.capture.problem):
+            return refusals[0] if refusals else str(self.capture.problem)
         if not any(p.grad is not None for p in self._all_params()):
             return "no parameter has a gradient: run backward on a batch first"
+        if not self._measurable():
+            return f"no parameter has a dense, real gradient ({self._unmeasured()})"
         return (
             "there is no way to evaluate the loss again: give AdaptiveOptimizer model= and loss_fn= (a Module), a model with "
             "output.loss, objective=, or step(closure)"
         )
 
-    def without_replay(self) -> str | None:
+    def without_replay(self, closure: bool = False) -> str | None:
         """Why this step's loss cannot be evaluated again, or None."""
         if self.trusted is False:
             return None  # said already
+        if any(p.grad is not None for p in self._all_params()) and not self._measurable():
+            return self._why_no_objective()
+        if closure:
+            return None
         calls = self.capture.step_calls() if self.capture is not None else []
-        if self.given is not None or any(c.weighted for c in calls):
+        if self.given is not None or (any(c.weighted for c in calls) and not any(c.refusal for c in calls)):
             return None
         return self._why_no_objective()
 
@@ -440,7 +526,7 @@ class Controller:
         self.signals.remember(trend)
         rollback = self.interventions.get("rollback")
         if isinstance(rollback, Rollback) and self._may("rollback"):
-            rollback.good_step(trend, self.base)
+            rollback.good_step()
             self._keep_buffers()
 
     def _may(self, name: str) -> bool:
@@ -493,7 +579,7 @@ class Controller:
             treatment_cost=self.treatment_cost,
         )
 
-    def _forget_batch(self) -> None:
+    def forget_batch(self) -> None:
         if self.capture is not None:
             self.capture.forget_used()
             if self.given is not None or self.capture.problem:
@@ -505,8 +591,18 @@ class Controller:
     def _captured_scale(self) -> float:
         """Sum of the weights that backward gave the captured losses: 1, or what a gradient scaler multiplied by."""
         calls = self.capture.step_calls() if self.capture is not None else []
-        weights = [r.weight for c in calls for r in c.losses if r.weight is not None and r.weight.numel() == 1]
-        return float(torch.stack([w.float().reshape(()) for w in weights]).sum()) if weights else 1.0
+        weights = [r.weight for c in calls for r in c.losses if r.weight is not None]
+        return float(torch.stack([w.float().sum() for w in weights]).sum()) if weights else 1.0
+
+    def _loss_scale(self) -> float:
+        return (self._captured_scale() * self.scaled_loss or 1.0) if self.scaled_loss else 1.0
+
+    def _unmeasured(self) -> str:
+        """The parameters with a gradient that no reading covers, in words; empty when there are none."""
+        grads = [(p, p.grad) for p in self._all_params() if p.grad is not None]
+        sparse, odd = sum(g.is_sparse for _, g in grads), sum(not p.is_floating_point() for p, _ in grads)
+        parts = [f"{sparse} with sparse gradients"] * bool(sparse) + [f"{odd} with complex values"] * bool(odd)
+        return f"{' and '.join(parts)} of {len(grads)} parameters" if parts else ""
 
     def _autocast(self) -> bool:
         calls = self.capture.calls if self.capture is not None else []
@@ -527,6 +623,7 @@ class Controller:
             "steps": self.steps,
             "mode": self.mode,
             "mode_since": self.mode_since,
+            "mode_is_treatment": self.mode_is_treatment,
             "not_before": dict(self.not_before),
             "failures": dict(self.failures),
             "kappas": list(self.kappas),
@@ -555,7 +652,18 @@ class Controller:
         """Take over a checkpoint; tensors are put where the parameters are."""
         device = self._all_params()[0].device
         state = _on(state, device)
-        for name in ("steps", "mode", "mode_since", "trusted", "distrust", "scaled_loss", "clip_norm", "treatment_cost", "alarm"):
+        for name in (
+            "steps",
+            "mode",
+            "mode_since",
+            "mode_is_treatment",
+            "trusted",
+            "distrust",
+            "scaled_loss",
+            "clip_norm",
+            "treatment_cost",
+            "alarm",
+        ):
             setattr(self, name, state[name])
         self.not_before, self.failures = dict(state["not_before"]), dict(state["failures"])
         self.kappas, self.buffers = list(state["kappas"]), dict(state["buffers"])
@@ -573,8 +681,18 @@ class Controller:
         self.trial = (
             None
             if trial is None
-            else Trial(**{**trial, "event": Event(**trial["event"]), "before": Snapshot.from_state_dict(trial["before"])})
+            else Trial(
+                **{**trial, "event": Event(**trial["event"]), "before": Snapshot.from_state_dict(trial["before"])}
+            )
         )
+
+
+def _power_of_two(x: float) -> bool:
+    return abs(math.log2(x) - round(math.log2(x))) < 1e-4
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _plain(p: Tensor) -> bool:

@@ -45,7 +45,14 @@ def measure_layers(
         except (RuntimeError, FloatingPointError):
             continue  # a layer without a second derivative, or with a non-finite signal: not measured
         readings.append(
-            LayerReading(call.name, s.sigma_max, s.sigma_max_error, s.sigma_rms, s.sigma_rms_error, _gain(grads[2 * i : 2 * i + 2]))
+            LayerReading(
+                call.name,
+                s.sigma_max,
+                s.sigma_max_error,
+                s.sigma_rms,
+                s.sigma_rms_error,
+                _gain(grads[2 * i : 2 * i + 2]),
+            )
         )
     return tuple(readings)
 
@@ -63,12 +70,14 @@ def _visit(model: nn.Module, evaluate: Callable[[], Tensor]) -> tuple[Tensor, li
     handles = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args:  # called with keywords
+            return args
         x = args[0]
         return args if x.requires_grad else (x.detach().requires_grad_(), *args[1:])  # the first layer's input is data
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if all(c.name != name for c in calls):
+            if args and args[0].numel() and all(c.name != name for c in calls):
                 calls.append(_Visit(name, args[0], output, output))
 
         return hook

@@ -1,8 +1,9 @@
 """The base optimizer's own metric: how far its next step goes per unit of gradient, and where that becomes unstable.
 
 A step is w -= lr * P m with P diagonal. Its stability is lr * lambda_max(P^1/2 H P^1/2) / limit; the limits are those of
-Cohen et al. (2021), appendix: 2 for gradient descent, 2 (1 + beta) for heavy ball as torch writes it, 2 (1 + beta) / (1 + 2 beta)
-for Nesterov, and of Cohen et al. (2022) for Adam: 2 (1 + beta1) / (1 - beta1), which is 38 at beta1 = 0.9.
+Cohen et al. (2021), appendix: 2 for gradient descent, 2 (1 + beta) / (1 - dampening) for heavy ball as torch writes it,
+2 (1 + beta) / (1 + 2 beta) for Nesterov, and of Cohen et al. (2022) for Adam: 2 (1 + beta1) / (1 - beta1), which is 38
+at beta1 = 0.9.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ def _limit(base: Optimizer, group: Group) -> float:
         beta1 = float(group["betas"][0])
         return 2 * (1 + beta1) / (1 - beta1)
     beta = float(group.get("momentum", 0.0))
-    return 2 * (1 + beta) / (1 + 2 * beta) if group.get("nesterov") else 2 * (1 + beta)
+    if group.get("nesterov"):
+        return 2 * (1 + beta) / (1 + 2 * beta)
+    damping = float(group.get("dampening", 0.0)) if beta else 0.0  # torch dampens only what has momentum
+    return 2 * (1 + beta) / max(1 - damping, 1e-12)
 
 
 def _sgd(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +49,7 @@ class CapturedBatch:
         for module, mode in zip(self.modules, ambient.training, strict=True):
             module.training = mode
         kind, enabled, dtype = ambient.autocast
-        with torch.autocast(kind, dtype=dtype, enabled=enabled) if enabled else nullcontext():
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):  # also off where `step` is called under it
             yield
 
 
@@ -123,8 +123,7 @@ class Objective:
         """Inside, call the yielded function for the loss with a fresh graph, as often as needed; outside, no trace."""
         with ExitStack() as stack:
             stack.enter_context(_put_back(self.params, self.source.modules))
-            if self.capture is not None:
-                stack.enter_context(_disarmed(self.capture))
+            stack.enter_context(_unheard())
             stack.enter_context(torch.enable_grad())
             # the fused kernels have no second derivative on the CPU; a replay uses the one that has
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -149,6 +148,7 @@ class Objective:
             cap.set_rng_state(ambient.rng)
             for module, mode in zip(self.source.modules, ambient.training, strict=True):
                 module.training = mode
+        torch.clear_autocast_cache()  # where `step` is called under autocast it holds casts of other parameters
         loss = self.source.evaluate()
         if not isinstance(loss, Tensor):
             raise ReplayError(f"the loss is {type(loss).__name__}, not a tensor: return the loss tensor itself")
@@ -197,12 +197,13 @@ def _put_back(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterato
 
 
 @contextmanager
-def _disarmed(capture: Capture) -> Iterator[None]:
-    armed, capture.armed = capture.armed, False
+def _unheard() -> Iterator[None]:
+    """No capture takes what happens inside for the user's doing."""
+    Capture.replaying += 1
     try:
         yield
     finally:
-        capture.armed = armed
+        Capture.replaying -= 1
 
 
 @contextmanager
@@ -224,13 +225,14 @@ def agreement(replayed: Sequence[Tensor], seen: Sequence[Tensor | None]) -> tupl
     """(cosine, |replayed| / |seen|) of two gradients; (1, 1) when both vanish, NaN when either is not finite."""
     pairs = [(r, torch.zeros_like(r) if s is None else s) for r, s in zip(replayed, seen, strict=True)]
     wide = torch.float32 if replayed[0].device.type == "mps" else torch.float64
-    dot, rr, ss = torch.stack([
-        torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in group]).sum()
-        for group in (pairs, [(r, r) for r, _ in pairs], [(s, s) for _, s in pairs])
-    ]).tolist()
+    dot, rr, ss = torch.stack(
+        [
+            torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in group]).sum()
+            for group in (pairs, [(r, r) for r, _ in pairs], [(s, s) for _, s in pairs])
+        ]
+    ).tolist()
     if rr == 0 and ss == 0:
         return 1.0, 1.0
     if rr == 0 or ss == 0:
         return 0.0, 0.0 if rr == 0 else float("inf")
     return dot / (rr * ss) ** 0.5, (rr / ss) ** 0.5
-

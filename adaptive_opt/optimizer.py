@@ -55,7 +55,9 @@ class AdaptiveOptimizer(Optimizer):
     ):
         policy = RulePolicy() if policy is None else policy
         modes = {name: make() for name, make in MODES.items()} if modes is None else dict(modes)
-        interventions = {name: make() for name, make in INTERVENTIONS.items()} if interventions is None else dict(interventions)
+        interventions = (
+            {name: make() for name, make in INTERVENTIONS.items()} if interventions is None else dict(interventions)
+        )
         _check(base, model, loss_fn, objective, policy, modes, step_size)
         self._link(base)
         super().__init__([{"params": base.param_groups[0]["params"]}], base.defaults)
@@ -64,6 +66,7 @@ class AdaptiveOptimizer(Optimizer):
         self.control = Controller(
             base, None, None, None, LanczosProbe() if probe is None else probe, policy, modes, interventions, validate
         )
+        self._beginning = self.control.state_dict()
         self._said: set[str] = set()
         self._report: StepReport | None = None
         self.attach(model, loss_fn=loss_fn, objective=objective)
@@ -87,7 +90,8 @@ class AdaptiveOptimizer(Optimizer):
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # as torch.optim does: the loop synchronises, forks RNG and calls autograd
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    # as torch.optim does: the loop synchronises, forks RNG and calls autograd
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One optimisation step; torch's meaning of `closure`: it clears gradients, runs backward, returns the loss.
@@ -100,11 +104,14 @@ class AdaptiveOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if all(float(group["lr"]) == 0 for group in self.param_groups) or self.control.passive:
+        if all(float(group["lr"]) == 0 for group in self.param_groups):
             self.base.step()  # nothing can change: checkpoint helpers call step() so to create the state
-            self.control._forget_batch()
+            self.control.forget_batch()
             return loss
-        if closure is None and (why := self.control.without_replay()) is not None:
+        if self.control.passive and not self.sinks:
+            self._report = self.control.pass_on()
+            return loss
+        if (why := self.control.without_replay(closure is not None)) is not None:
             self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
         self._report = self.control.step(closure, ambient, loss)
         for sink in self.sinks:
@@ -114,7 +121,7 @@ class AdaptiveOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and forgets the batches that made them."""
         self.base.zero_grad(set_to_none)
-        if self._capture is not None and self._capture.armed:
+        if self._capture is not None and not Capture.replaying:
             self._capture.forget_used()
 
     @torch.no_grad()
@@ -140,8 +147,6 @@ class AdaptiveOptimizer(Optimizer):
         self._capture = None if model is None else Capture(model, loss_fn)
         self.control.model = None if model is None else original(model)
         self.control.capture, self.control.given = self._capture, objective
-        if self._capture is not None:
-            self._capture.armed = not self.control.passive
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -169,13 +174,20 @@ class AdaptiveOptimizer(Optimizer):
         plain = {k: v for k, v in state_dict.items() if k != "adaptive"}
         self.base.load_state_dict(plain)
         self._link(self.base)
-        if "adaptive" in state_dict:
-            self.control.load_state_dict(state_dict["adaptive"])
+        self.control.load_state_dict(state_dict.get("adaptive", self._beginning))
 
     def __getstate__(self) -> dict[str, Any]:
         """Model, hooks, objective and sinks stay behind: `attach` and `sinks` bring them back."""
-        left_behind = ("_capture", "sinks", "control")
-        state = {k: v for k, v in self.__dict__.items() if k not in left_behind}
+        taken = (
+            "defaults",
+            "state",
+            "param_groups",
+            "base",
+            "_said",
+            "_report",
+            "_beginning",
+        )  # not a scheduler's own `step`
+        state = {k: v for k, v in self.__dict__.items() if k in taken}
         control = self.control
         probe_policy = (control.probe, control.policy, control.modes, control.interventions)
         return {**state, "_made_of": probe_policy, "_control_state": control.state_dict()}
@@ -218,20 +230,30 @@ def _check(
     """Arguments that cannot work, refused before anything is touched."""
     if isinstance(base, type) or not isinstance(base, Optimizer):
         got = base.__name__ if isinstance(base, type) else type(base).__name__
-        raise TypeError(f"AdaptiveOptimizer(base={got}): an optimizer that exists, for example AdamW(model.parameters(), lr=1e-3)")
+        raise TypeError(
+            f"AdaptiveOptimizer(base={got}): an optimizer that exists, for example AdamW(model.parameters(), lr=1e-3)"
+        )
     if isinstance(base, AdaptiveOptimizer):
         raise TypeError("AdaptiveOptimizer(base=AdaptiveOptimizer(...)): the base is wrapped already")
     if type(base).__name__ == "LBFGS":
-        raise ValueError("AdaptiveOptimizer(base=LBFGS(...)): it calls its closure many times a step and has no step to switch")
+        raise ValueError(
+            "AdaptiveOptimizer(base=LBFGS(...)): it calls its closure many times a step and has no step to switch"
+        )
     if not any(group["params"] for group in base.param_groups):
         raise ValueError("AdaptiveOptimizer(base): the base optimizer has no parameters")
     if not hasattr(policy, "decide"):
-        raise TypeError(f"AdaptiveOptimizer(policy={policy!r}): an object with decide(diagnosis, history), for example RulePolicy()")
+        raise TypeError(
+            f"AdaptiveOptimizer(policy={policy!r}): an object with decide(diagnosis, history), for example RulePolicy()"
+        )
     if "base" not in modes:
-        raise ValueError(f"AdaptiveOptimizer(modes={sorted(modes)}): 'base' must be among them, it is where every switch returns")
+        raise ValueError(
+            f"AdaptiveOptimizer(modes={sorted(modes)}): 'base' must be among them, it is where every switch returns"
+        )
     wanted = getattr(policy, "mode", "base")
     if wanted not in modes:
-        raise ValueError(f"AdaptiveOptimizer(policy={policy!r}): mode {wanted!r} is not one of {', '.join(map(repr, modes))}")
+        raise ValueError(
+            f"AdaptiveOptimizer(policy={policy!r}): mode {wanted!r} is not one of {', '.join(map(repr, modes))}"
+        )
     if step_size != "user":
         raise ValueError(f"AdaptiveOptimizer(step_size={step_size!r}): 'user' is the only one so far")
     _check_sources(base, model, loss_fn, objective)
@@ -247,9 +269,13 @@ def _check_sources(base: Optimizer, model: Any, loss_fn: Any, objective: Any) ->
             "(for example criterion = torch.nn.CrossEntropyLoss()), or objective=, or step(closure)"
         )
     if loss_fn is not None and model is None:
-        raise ValueError("AdaptiveOptimizer(loss_fn=..., model=None): the model is needed too, its input is what is replayed")
+        raise ValueError(
+            "AdaptiveOptimizer(loss_fn=..., model=None): the model is needed too, its input is what is replayed"
+        )
     if objective is not None and not callable(objective):
-        raise TypeError(f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor")
+        raise TypeError(
+            f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor"
+        )
     if model is not None:
         inside = {id(p) for m in (model, loss_fn) if m is not None for p in m.parameters()}
         params = _params(base.param_groups)

@@ -51,20 +51,19 @@ class RulePolicy:
     table: Sequence[Rule] = TABLE
 
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
-        mode, interventions = history.mode, []
-        reason, expects = "", None
+        mode, reason, expects = history.mode, "", None
+        chosen: list[tuple[str, str]] = []  # intervention, why
         for rule in self.table:
             finding = diagnosis.find(rule.condition)
             if finding is None or not self._allowed(rule, history):
                 continue
             if rule.switch:
-                mode = rule.treatment
+                mode, reason, expects = rule.treatment, finding.evidence, rule.expects
             else:
-                interventions.append(rule.treatment)
-            reason, expects = reason or finding.evidence, expects or rule.expects
+                chosen.append((rule.treatment, finding.evidence))
             if not rule.urgent:
                 break
-        return Decision(mode, tuple(interventions), reason, expects)
+        return Decision(mode, tuple(name for name, _ in chosen), tuple(why for _, why in chosen), reason, expects)
 
     def _allowed(self, rule: Rule, history: History) -> bool:
         if rule.needs == "replay" and not history.can_replay:
@@ -92,4 +91,4 @@ class ConstantPolicy:
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         rows = [rule for rule in TABLE if rule.treatment in self.interventions]
         decision = RulePolicy(table=rows).decide(diagnosis, history)
-        return Decision(self.mode, decision.interventions, decision.reason, decision.expects)
+        return Decision(self.mode, decision.interventions, decision.reasons)

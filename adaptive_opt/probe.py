@@ -98,9 +98,13 @@ class LanczosProbe:
         if self.every is not None and (not isinstance(self.every, int) or self.every < 1):
             raise ValueError(f"LanczosProbe(every={self.every!r}): a whole number of steps, 1 or more")
         if self.overhead is not None and not 0 <= self.overhead <= 10:
-            raise ValueError(f"LanczosProbe(overhead={self.overhead!r}): a share of the training work, for example 0.05")
+            raise ValueError(
+                f"LanczosProbe(overhead={self.overhead!r}): a share of the training work, for example 0.05"
+            )
         if self.num_steps < 3:
-            raise ValueError(f"LanczosProbe(num_steps={self.num_steps}): three steps at least, or no bound means anything")
+            raise ValueError(
+                f"LanczosProbe(num_steps={self.num_steps}): three steps at least, or no bound means anything"
+            )
         if not 0 < self.fraction <= 1:
             raise ValueError(f"LanczosProbe(fraction={self.fraction}): a share of the batch in (0, 1]")
 
@@ -109,8 +113,16 @@ class LanczosProbe:
         """Never measures by itself."""
         return self.every is None and self.overhead == 0
 
-    def due(self, trend: Trend, memory: ProbeMemory, cheap_cost: float, full_cost: float, watchful: bool = False, alarm: bool = False) -> str | None:
-        """"full", "cheap" or None for this step: deterministic, from counts and costs alone.
+    def due(
+        self,
+        trend: Trend,
+        memory: ProbeMemory,
+        cheap_cost: float,
+        full_cost: float,
+        watchful: bool = False,
+        alarm: bool = False,
+    ) -> str | None:
+        """ "full", "cheap" or None for this step: deterministic, from counts and costs alone.
 
         `watchful`: a treatment follows the readings; the whole budget goes into them. `alarm`: look now.
         """
@@ -120,7 +132,11 @@ class LanczosProbe:
         if not self.overhead:
             return None
         allowance = self.overhead * max(step, FINANCED)
-        if trend.stalled and step - memory.last_full >= 50 and memory.spent + full_cost <= self.overhead * (step + 2 * FINANCED):
+        if (
+            trend.stalled
+            and step - memory.last_full >= 50
+            and memory.spent + full_cost <= self.overhead * (step + 2 * FINANCED)
+        ):
             return "full"  # an alarm may borrow from the steps to come
         if memory.spent + full_cost <= allowance and (step - memory.last_full) * self.overhead >= 2 * full_cost:
             return "full"
@@ -162,7 +178,9 @@ class LanczosProbe:
             cut = objective.part(self.fraction)
             if cut is not None:
                 target, fraction = cut
-        draft = Reading(step=step, loss=math.nan, grad_norm=math.nan, kind=kind, batch_size=target.batch_size, fraction=fraction)
+        draft = Reading(
+            step=step, loss=math.nan, grad_norm=math.nan, kind=kind, batch_size=target.batch_size, fraction=fraction
+        )
         m = self._metric(base, target.params, memory, notes)  # before the replay, which lends no .grad
         cost = 0.0
         try:
@@ -175,7 +193,9 @@ class LanczosProbe:
             cost += spent
         return replace(draft, layers=measured, cost=cost, seconds=time.perf_counter() - began, notes=tuple(notes))
 
-    def _metric(self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, notes: list[str]) -> Metric | None:
+    def _metric(
+        self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, notes: list[str]
+    ) -> Metric | None:
         m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None})
         if m is not None and m.root.numel() == sum(p.numel() for p in params):
             if m.averaged is m.momentum and not m.averages:  # what the steps since the last reading add up to
@@ -184,18 +204,27 @@ class LanczosProbe:
                     m = replace(m, averaged=(memory.anchor - here) / m.root.clamp_min(torch.finfo(here.dtype).tiny))
                 memory.anchor = here
             return m
-        notes.append(f"stability, kappa_effective: the coming step of {type(base).__name__} is not known")
+        unknown = "no optimizer was given" if base is None else f"the coming step of {type(base).__name__} is not known"
+        notes.append(f"stability, kappa_effective: {unknown}")
         return None
 
     def _curvature(
-        self, target: Objective, m: Metric | None, memory: ProbeMemory, draft: Reading, fraction: float, notes: list[str]
+        self,
+        target: Objective,
+        m: Metric | None,
+        memory: ProbeMemory,
+        draft: Reading,
+        fraction: float,
+        notes: list[str],
     ) -> tuple[Reading, float]:
         with target.replay() as evaluate:
             loss = evaluate()
             try:
                 return self._spectra(Hessian(loss, target.params), loss, m, memory, draft, fraction)
             except RuntimeError as error:  # torch's word for: no second derivative here, or no memory for its graph
-                notes.append(f"backend: finite differences, because an exact product failed ({str(error).splitlines()[0]})")
+                notes.append(
+                    f"backend: finite differences, because an exact product failed ({str(error).splitlines()[0]})"
+                )
             operator = FiniteDifferenceHessian(lambda: flatten(target.gradient()), target.params)
             return self._spectra(operator, loss, m, memory, draft, fraction)
 
@@ -217,11 +246,15 @@ class LanczosProbe:
         elif m is not None:
             A = scaled(operator, m.root)
             spectrum = self._run(A, self._warm(m, memory), 3 if memory.top is not None else 6)
-            draft = replace(self._stability(draft, spectrum, m, memory), overshoot=_overshoot(m, operator.gradient, A(m.momentum)))
+            draft = replace(
+                self._stability(draft, spectrum, m, memory), overshoot=_overshoot(m, operator.gradient, A(m.momentum))
+            )
         price = PRODUCT if operator.backend == "exact" else 2 * GRADIENT
         return replace(draft, hvps=operator.products), fraction * (GRADIENT + operator.products * price)
 
-    def _full(self, operator: Hessian | FiniteDifferenceHessian, m: Metric | None, memory: ProbeMemory, draft: Reading) -> Reading:
+    def _full(
+        self, operator: Hessian | FiniteDifferenceHessian, m: Metric | None, memory: ProbeMemory, draft: Reading
+    ) -> Reading:
         h = self._run(operator, self._random(operator.gradient, memory), self.num_steps)
         memory.bottom = h.ritz_vector(0) if h.ritz_values[0] < 0 else None
         epsilon = h.epsilon
@@ -275,8 +308,12 @@ class LanczosProbe:
             return (), 0.0
         few = objective.part(LAYER_SAMPLES / (objective.batch_size or LAYER_SAMPLES), least=LAYER_SAMPLES)
         target, fraction = few if few is not None else (objective, 1.0)
-        with target.replay() as evaluate:
-            measured = measure_layers(model, evaluate, memory.generator)
+        try:
+            with target.replay() as evaluate:
+                measured = measure_layers(model, evaluate, memory.generator)
+        except RuntimeError as error:  # a checkpointed block will not have its input watched
+            notes.append(f"layers: not measured ({str(error).splitlines()[0]})")
+            return (), fraction * GRADIENT
         if not measured:
             notes.append("layers: the model has no linear or convolutional layer that the replay calls")
         return measured, fraction * (GRADIENT + 4 * PER_LAYER_STEP)

@@ -42,7 +42,9 @@ class Reading:
     # what the base optimizer feels
     stability: float | None = None  # lr * lambda_max(P^1/2 H P^1/2) / limit: 1 is the edge of stability
     stability_error: float | None = None
-    overshoot: float | None = None  # (d'Hd / 2) / |g'd| of the coming step d: above 1 it raises the quadratic model's loss
+    overshoot: float | None = (
+        None  # (d'Hd / 2) / |g'd| of the coming step d: above 1 it raises the quadratic model's loss
+    )
     sharpness_score: float | None = None  # 0..100 = 100 * min(1, stability)
     # the whole spectrum
     trace: float | None = None
@@ -119,11 +121,12 @@ class Trend:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do now. `expects` names the number that must improve for it to be kept."""
+    """What to do now. `expects` names the number that must improve for a change of mode to be kept."""
 
     mode: str = "base"
     interventions: tuple[str, ...] = ()
-    reason: str = ""
+    reasons: tuple[str, ...] = ()  # why, for each intervention
+    reason: str = ""  # why this mode
     expects: str | None = None
 
 

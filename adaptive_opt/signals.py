@@ -11,7 +11,7 @@ from adaptive_opt.records import Trend
 WINDOW = 200  # good steps that "what this run has shown" looks back on
 LEARNED = 5  # good steps before anything can stand out
 JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window; measured: docs/evidence.md, "broken steps"
-RISE = 1.5  # times the running median
+RISE = 1.5  # times the running median, by the median of the last five
 STALL = 40  # observed losses over which progress is judged
 STALL_GAIN, STALL_NOISE = 0.01, 0.1  # relative to the loss: less gain than that, and quieter than that
 
@@ -37,7 +37,7 @@ class Signals:
             finite=finite,
             spike=finite and self._spike(loss, grad_norm),
             stalled=self._stalled(),
-            rising=bool(self.losses) and loss is not None and loss > RISE * abs(median(self.losses[-20:])),
+            rising=loss is not None and self._rising(loss),
             lost=self._lost(),
         )
 
@@ -63,6 +63,11 @@ class Signals:
         if grad_norm is None or len(self.norms) < LEARNED or grad_norm <= JUMP_GRAD * max(self.norms):
             return False
         return loss is None or len(self.losses) < LEARNED or loss > JUMP_LOSS * max(map(abs, self.losses))
+
+    def _rising(self, loss: float) -> bool:
+        if len(self.losses) < 10:  # the first steps: against the start
+            return bool(self.losses) and loss > RISE * abs(self.losses[0])
+        return median([*self.losses[-4:], loss]) > RISE * abs(median(self.losses[-24:-4]))
 
     def _stalled(self) -> bool:
         if len(self.losses) < STALL:

@@ -53,8 +53,15 @@ def run(cfg: DictConfig, run_dir: Path) -> Outcome:
     for sink in sinks:
         if hasattr(sink, "close"):
             sink.close()
-    numbers = {**outcome.metrics, "final_loss": outcome.losses[-1], "probing": outcome.overhead, "treatment": outcome.treatment}
-    (run_dir / "metrics.json").write_text(json.dumps({"steps": outcome.steps, "seconds": outcome.seconds, **numbers}, indent=2) + "\n")
+    numbers = {
+        **outcome.metrics,
+        "final_loss": outcome.losses[-1],
+        "probing": outcome.overhead,
+        "treatment": outcome.treatment,
+    }
+    (run_dir / "metrics.json").write_text(
+        json.dumps({"steps": outcome.steps, "seconds": outcome.seconds, **numbers}, indent=2) + "\n"
+    )
     return outcome
 
 

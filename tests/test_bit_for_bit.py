@@ -1,9 +1,5 @@
 """The test that guards the whole project: probed, with a constant policy, equals the bare base optimizer bit for bit."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 from problems import BASES, MODELS, make

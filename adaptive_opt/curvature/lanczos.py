@@ -60,7 +60,7 @@ def lanczos(matvec: Matvec, start: Tensor, num_steps: int, tol: float | None = N
         w = w - (known @ w) @ known
         w = w - (known @ w) @ known  # twice is enough (Parlett); once loses all orthogonality at n = 270k
         beta[j] = norm(w)
-        q = w / beta[j].clamp_min(torch.finfo(wide).tiny).to(w.dtype)
+        q = w / beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny)  # 0 / 0 would make products of NaN
         if tol is not None and j + 1 < m and (j + 1) % check_every == 0:
             so_far = _solve(alpha[: j + 1], beta[: j + 1], basis[: j + 1], n)
             if so_far.exhausted or max(so_far.residuals[0], so_far.residuals[-1]) <= tol * so_far.epsilon:

@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_ONCE = once_differentiable(lambda ctx: None).__code__  # of every backward with that mark
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -22,15 +25,21 @@ class Hessian:
     """Exact Hessian of a scalar loss over `params`, as products with (n,) vectors.
 
     The double-backward graph is built once and kept until the object dies. A parameter that the loss does not use, or
-    uses only linearly, contributes zero rows. Raises RuntimeError (torch's) where an operation has no second derivative.
+    uses only linearly, contributes zero rows. Raises RuntimeError (torch's, or ours for a custom function marked
+    once_differentiable) where an operation has no second derivative.
     """
 
     backend = "exact"
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor]):
         self.params = list(params)
+        once = _once_only(loss)
+        if once is not None:
+            raise RuntimeError(f"{once} is once_differentiable: it has no second derivative")
         grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
-        self.gradient = flatten([torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)])
+        self.gradient = flatten(
+            [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]
+        )
         self._curved = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.products = 0
 
@@ -47,6 +56,21 @@ class Hessian:
             allow_unused=True,
         )
         return flatten([torch.zeros_like(p) if r is None else r for r, p in zip(rows, self.params, strict=True)])
+
+
+def _once_only(loss: Tensor) -> str | None:
+    """The first custom function behind `loss` marked once_differentiable: autograd would drop it without a word."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
+            return function.__name__
+        stack.extend(following for following, _ in node.next_functions)
+    return None
 
 
 class FiniteDifferenceHessian:

@@ -11,7 +11,8 @@ from adaptive_opt.interventions.base import Applied, Patient
 from adaptive_opt.records import Reading
 
 MOMENTUM, PLAIN, ADAPTIVE = 0.15, 0.5, 1.0  # of the stability limit; measured: docs/evidence.md, "damp"
-STATE = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction")
+LET_GO = 2.0  # times the limit: not above what the diagnosis calls unstable
+STATE = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction", "moved")
 
 
 class Damp:
@@ -29,12 +30,15 @@ class Damp:
 
     def __init__(self, hold: float = 0.5, rule: str = "both", trial: int = 50, calm: int = 30):
         if not 0 < hold <= 1 or trial < 1 or calm < 0 or rule not in ("step", "limit", "both"):
-            raise ValueError(f"Damp(hold={hold}, rule={rule!r}, trial={trial}, calm={calm}): hold in (0, 1], trial of 1 or more")
+            raise ValueError(
+                f"Damp(hold={hold}, rule={rule!r}, trial={trial}, calm={calm}): hold in (0, 1], trial of 1 or more"
+            )
         self.hold, self.rule, self.trial, self.calm = hold, rule, trial, calm
         self.scale = 1.0
         self.halved = 0
         self.since: int | None = None  # step at which it engaged
         self.readings = 0  # since then
+        self.moved = False  # the parameters jumped: what was averaged so far is of another place
         self.fraction = MOMENTUM
         self.stability = self.overshoot = 0.0  # logarithms, averaged over the readings since then
 
@@ -58,10 +62,13 @@ class Damp:
         if self.since is None or reading.stability is None or reading.step == self.since:
             return False
         self.readings += 1
-        self.stability = (self.stability + _log(reading.stability)) / 2
+        weight = 1.0 if self.moved else 0.5
+        self.stability += weight * (_log(reading.stability) - self.stability)
         if reading.overshoot is not None:  # None: this batch saw no descent, which says nothing about the step's length
-            self.overshoot = (self.overshoot + _log(reading.overshoot)) / 2
-        if self.overshoot <= 0 and self.readings > 3 and reading.step - self.since >= self.calm:
+            self.overshoot += weight * (_log(reading.overshoot) - self.overshoot)
+            self.moved = False
+        calm = self.overshoot <= 0 and reading.stability <= LET_GO
+        if calm and self.readings > 3 and reading.step - self.since >= self.calm:
             self.since, self.scale, self.halved = None, 1.0, 0
             return True
         self._hold()
@@ -96,4 +103,4 @@ def _fraction(base: Optimizer) -> float:
 
 
 def _log(x: float) -> float:
-    return math.log(max(x, 0.1))  # a negative curvature along the step reads 0
+    return math.log(max(x, 0.3))  # a negative curvature along the step reads 0: one such batch must not set it loose

@@ -5,26 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot, all_params
 from adaptive_opt.records import Trend
+
+CALM = 200  # good steps after which earlier returns are forgotten
 
 
 class Rollback:
     """One bad batch is skipped. Bad steps in a row, lost progress or broken parameters: back to a snapshot.
 
     every: good steps between snapshots. patience: bad steps in a row that are blamed on the batch; after that the
-    parameters are. shrink: factor on the step after each return; it grows back by 2 % a good step. Two snapshots at most
-    are kept (the latest and the best); each costs the size of the parameters and the base's state, on their device.
-    Returns are spaced out by doubling, so that it never loops.
+    parameters are. shrink: factor on the step for each return without a calm stretch since; the step grows back by 2 % a
+    good step, slower after each return. most: returns without a calm stretch; after them it only skips what is not
+    finite, so that it never loops. Two snapshots at most are kept (the latest and the best); each costs the size of the
+    parameters and the base's state, on their device.
     """
 
     name = "rollback"
 
-    def __init__(self, every: int = 25, patience: int = 3, shrink: float = 0.5):
-        if every < 1 or patience < 1 or not 0 < shrink <= 1:
-            raise ValueError(f"Rollback(every={every}, patience={patience}, shrink={shrink}): out of range")
-        self.every, self.patience, self.shrink = every, patience, shrink
+    def __init__(self, every: int = 25, patience: int = 3, shrink: float = 0.5, most: int = 8):
+        if every < 1 or patience < 1 or not 0 < shrink <= 1 or most < 1:
+            raise ValueError(
+                f"Rollback(every={every}, patience={patience}, shrink={shrink}, most={most}): out of range"
+            )
+        self.every, self.patience, self.shrink, self.most = every, patience, shrink, most
         self.latest: Snapshot | None = None
         self.best: Snapshot | None = None
         self.best_level: float | None = None
@@ -39,40 +45,41 @@ class Rollback:
         sick_step = not trend.finite or trend.spike
         broken = not trend.finite and not self._finite(patient)
         self.bad += sick_step
+        skipped = Applied("skipped this batch", skip=True, outcome="done")
         if sick_step and not broken and self.bad < self.patience:
-            return Applied("skipped this batch", skip=True, outcome="done")
-        target = self.latest if sick_step else self.best
-        if target is None or (not broken and self._waiting()):
-            if not sick_step:
-                return None
-            return Applied("skipped this batch", skip=True, outcome="done") if not trend.finite or self.bad < 4 * self.patience else None
+            return skipped
+        target = self.latest if sick_step and self.returns < 2 else self.best
+        if target is None or self.returns >= self.most:
+            return skipped if not trend.finite else None
         self.returns += 1
         self.good, self.bad = 0, 0
-        self.scale = max(self.shrink**self.returns, 1e-3)
+        self.scale = self.shrink**self.returns
         target.restore(patient.ctx.base)
-        return Applied(
-            f"went back to the parameters of step {target.step}, steps shortened to {self.scale:.3g}", skip=True, trial=20
-        )
+        done = f"went back to the parameters of step {target.step}, steps shortened to {self.scale:.3g}"
+        return Applied(done, skip=True, trial=20)
 
-    def good_step(self, trend: Trend, base: Any) -> None:
-        """A step went well: count it, let the step size return, keep a snapshot when it is time."""
+    def good_step(self) -> None:
+        """A step went well: count it and let the step size return."""
         self.bad = 0
         self.good += 1
-        self.scale = min(1.0, self.scale * 1.02)
-        if self.good >= 200 * 2 ** min(self.returns, 10) // 2:
+        self.scale = min(1.0, self.scale * 1.02 ** (1 / max(self.returns, 1)))
+        if self.good >= CALM:
             self.returns = 0
 
-    def keep(self, step: int, trend: Trend, base: Any) -> None:
-        """Before a step on healthy parameters: a snapshot when it is time."""
-        if trend.lost > 0.1 or (self.latest is not None and step - self.latest.step < self.every):
+    def keep(self, step: int, trend: Trend, base: Optimizer) -> None:
+        """Before a step on healthy parameters: a snapshot when it is time and the loss is near the best it has been."""
+        if self.latest is not None and step - self.latest.step < self.every:
+            return
+        level = trend.usual_loss if trend.usual_loss is not None else trend.loss
+        if (
+            self.best_level is not None
+            and trend.loss is not None
+            and trend.loss - self.best_level > abs(self.best_level)
+        ):
             return
         self.latest = Snapshot.take(step, base)
-        level = trend.usual_loss
         if level is None or self.best_level is None or level <= self.best_level:
             self.best, self.best_level = self.latest, level
-
-    def _waiting(self) -> bool:
-        return self.returns > 0 and self.good < 10 * 2 ** min(self.returns, 10)
 
     @staticmethod
     def _finite(patient: Patient) -> bool:

@@ -56,7 +56,13 @@ class Spectral:
     @staticmethod
     def _rescale(state: dict[str, Any], factor: float) -> None:
         """A weight that is c times as large has a gradient 1/c as large: so have its averages."""
-        for name, power in (("momentum_buffer", -1), ("exp_avg", -1), ("exp_avg_sq", -2), ("square_avg", -2), ("sum", -2)):
+        for name, power in (
+            ("momentum_buffer", -1),
+            ("exp_avg", -1),
+            ("exp_avg_sq", -2),
+            ("square_avg", -2),
+            ("sum", -2),
+        ):
             if isinstance(state.get(name), torch.Tensor):
                 state[name].mul_(factor**power)
 

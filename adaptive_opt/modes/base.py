@@ -19,9 +19,15 @@ class StepContext:
 
     base: Optimizer
     params: Sequence[Tensor]  # dense, real, with a gradient in this step, in the order of the param groups
-    indices: Sequence[int]  # their positions among all wrapped parameters: keys for state that must survive a checkpoint
+    indices: Sequence[
+        int
+    ]  # their positions among all wrapped parameters: keys for state that must survive a checkpoint
     objective: Objective | None  # None: no trusted replay
     cost: float = 0.0  # gradient-equivalents that were spent on replays, added up by whoever spends them
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [p.grad for p in self.params if p.grad is not None]
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         return next(g for g in self.base.param_groups if any(q is p for q in g["params"]))

@@ -50,9 +50,13 @@ class KFAC:
     name = "kfac"
     needs_replay = False
 
-    def __init__(self, beta: float = 0.95, beta2: float = 0.95, every: int = 10, max_dim: int = 1024, damping: float = 1e-8):
+    def __init__(
+        self, beta: float = 0.95, beta2: float = 0.95, every: int = 10, max_dim: int = 1024, damping: float = 1e-8
+    ):
         if not 0 < beta < 1 or not 0 < beta2 < 1 or every < 1 or max_dim < 1 or damping < 0:
-            raise ValueError(f"KFAC(beta={beta}, beta2={beta2}, every={every}, max_dim={max_dim}, damping={damping}): out of range")
+            raise ValueError(
+                f"KFAC(beta={beta}, beta2={beta2}, every={every}, max_dim={max_dim}, damping={damping}): out of range"
+            )
         self.beta, self.beta2, self.every, self.max_dim, self.damping = beta, beta2, every, max_dim, damping
         self._factors: dict[int, _Factors] = {}
         self._entered = False
@@ -80,8 +84,8 @@ class KFAC:
         else:
             self._precondition_step(ctx)
 
-    def coverage(self, ctx: StepContext) -> dict[int, str]:
-        """Which parameters are preconditioned, and on which sides."""
+    def coverage(self) -> dict[int, str]:
+        """Which parameters (by their position) are preconditioned, and on which sides."""
         return {
             i: "both sides" if f.QL is not None and f.QR is not None else "left" if f.QL is not None else "right"
             for i, f in self._factors.items()
@@ -93,6 +97,7 @@ class KFAC:
 
     def _observe(self, index: int, p: Tensor, ctx: StepContext) -> None:
         """Running factors, and a new basis when it is due."""
+        assert p.grad is not None
         G = kron.as_matrix(p.grad)
         L, R = kron.factors(G)
         f = self._factors.get(index)
@@ -114,7 +119,7 @@ class KFAC:
         try:
             left = None if f.L is None else kron.eigenbasis(f.L / correction)
             right = None if f.R is None else kron.eigenbasis(f.R / correction)
-        except torch.linalg.LinAlgError:
+        except RuntimeError:
             return  # keep the last basis
         QL, QR = (None if side is None else side[1] for side in (left, right))
         if self._elementwise(ctx):
@@ -168,7 +173,9 @@ class KFAC:
 
     def _step_in_basis(self, ctx: StepContext) -> None:
         """Rotate, let the base step, add the rotated-back difference to what was there."""
-        turned = [(p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready]
+        turned = [
+            (p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready
+        ]
         kept = [(p.detach().clone(), p.grad) for p, _ in turned]
         try:
             for p, f in turned:
@@ -196,7 +203,9 @@ class KFAC:
         One side, the inputs' (the outputs' where that is too long): E[G'G]^-1/2 undoes an ill-conditioned input covariance
         whole (as ASGO: An et al., 2025). Both sides at once undo it twice and never settle (docs/evidence.md, canyon).
         """
-        turned = [(p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready]
+        turned = [
+            (p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready
+        ]
         before = [p.detach().clone() for p, _ in turned]
         ctx.base.step()
         for (p, f), old in zip(turned, before, strict=True):

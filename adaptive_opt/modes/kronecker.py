@@ -20,11 +20,11 @@ def factors(G: Tensor) -> tuple[Tensor, Tensor]:
 def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
     """(eigenvalues ascending, orthonormal columns Q) of a symmetric factor; retried in float64 when float32 fails.
 
-    Raises torch.linalg.LinAlgError when that fails too: the caller keeps the basis it had.
+    Raises torch.linalg.LinAlgError (a RuntimeError) when that fails too: the caller keeps the basis it had.
     """
     try:
         values, Q = torch.linalg.eigh(factor)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         values, Q = torch.linalg.eigh(factor.double())
     return values.clamp_min(0).to(factor.dtype), Q.to(factor.dtype)
 

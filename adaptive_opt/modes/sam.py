@@ -39,7 +39,7 @@ class SAM:
             ctx.base.step()
             return
         assert ctx.objective is not None
-        grads = [p.grad for p in ctx.params]
+        grads = ctx.grads
         g_norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
         w_norm = torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in ctx.params]))
         rho = self.rho * w_norm / g_norm.clamp_min(1e-12)

@@ -23,7 +23,9 @@ class SGDStep:
 
     def __init__(self, momentum: float = 0.9, warm_up: int = 10, beta: float = 0.9):
         if not 0 <= momentum < 1 or warm_up < 1:
-            raise ValueError(f"SGDStep(momentum={momentum}, warm_up={warm_up}): momentum in [0, 1), warm_up of 1 or more")
+            raise ValueError(
+                f"SGDStep(momentum={momentum}, warm_up={warm_up}): momentum in [0, 1), warm_up of 1 or more"
+            )
         self.momentum, self.warm_up, self.beta = momentum, warm_up, beta
         self._seen, self._gamma = 0, 0.0  # EMA of gamma / lr, so that it is relative to the user's learning rate
         self._buffers: dict[int, Tensor] = {}
@@ -35,7 +37,7 @@ class SGDStep:
         self._buffers = {}
 
     def step(self, ctx: StepContext) -> None:
-        if type(ctx.base).__name__ == "SGD":
+        if type(ctx.base).__name__ == "SGD" or not ctx.params:
             ctx.base.step()
         elif self._seen < self.warm_up:
             self._estimate(ctx)
@@ -44,11 +46,11 @@ class SGDStep:
 
     @torch.no_grad()
     def _estimate(self, ctx: StepContext) -> None:
-        before = [p.clone() for p in ctx.params]
+        before, grads = [p.clone() for p in ctx.params], ctx.grads
         ctx.base.step()
         steps = [p - b for p, b in zip(ctx.params, before, strict=True)]
         ss = torch.stack([(s * s).sum().float() for s in steps]).sum()
-        sg = torch.stack([(s * p.grad).sum().float() for s, p in zip(steps, ctx.params, strict=True)]).sum()
+        sg = torch.stack([(s * g).sum().float() for s, g in zip(steps, grads, strict=True)]).sum()
         size, along = torch.stack([ss, -sg]).tolist()
         lr = float(ctx.base.param_groups[0]["lr"])
         if along > 0 and lr > 0:
@@ -57,15 +59,31 @@ class SGDStep:
 
     @torch.no_grad()
     def _descend(self, ctx: StepContext) -> None:
+        self._step_others(ctx)
         gamma = self._gamma / (1 - self.beta**self._seen) * (1 - self.momentum)  # SWATS, eq. 5 and its momentum form
-        for index, p in zip(ctx.indices, ctx.params, strict=True):
+        for index, p, g in zip(ctx.indices, ctx.params, ctx.grads, strict=True):
             group = ctx.group_of(p)
             lr = gamma * float(group["lr"])
             if group.get("weight_decay"):
                 p.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
             buffer = self._buffers.setdefault(index, torch.zeros_like(p))
-            buffer.mul_(self.momentum).add_(p.grad)
+            buffer.mul_(self.momentum).add_(g)
             p.add_(buffer, alpha=-lr)
+
+    @staticmethod
+    def _step_others(ctx: StepContext) -> None:
+        """The base's own step where this mode has none: sparse and complex parameters."""
+        mine = {id(p) for p in ctx.params}
+        if all(p.grad is None or id(p) in mine for group in ctx.base.param_groups for p in group["params"]):
+            return
+        grads = [p.grad for p in ctx.params]
+        try:
+            for p in ctx.params:
+                p.grad = None
+            ctx.base.step()
+        finally:
+            for p, g in zip(ctx.params, grads, strict=True):
+                p.grad = g
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self._seen, "gamma": self._gamma, "buffers": dict(self._buffers)}

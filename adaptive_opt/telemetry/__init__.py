@@ -3,7 +3,7 @@
 from adaptive_opt.telemetry.console import ConsoleSink
 from adaptive_opt.telemetry.jsonl import JsonlSink, describe_run, from_json, read_reports, to_json
 
-__all__ = ["ConsoleSink", "JsonlSink", "TensorBoardSink", "describe_run", "from_json", "read_reports", "to_json"]
+__all__ = ["ConsoleSink", "JsonlSink", "describe_run", "from_json", "read_reports", "to_json"]
 
 
 def __getattr__(name: str) -> object:

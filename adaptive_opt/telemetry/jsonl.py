@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -30,12 +31,10 @@ class JsonlSink:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         (self.path.parent / "run.json").write_text(json.dumps(describe_run(config, seed), indent=2) + "\n")
         self._file = self.path.open("a", buffering=1)
+        self.close = weakref.finalize(self, self._file.close)  # at the latest when the sink is gone
 
     def __call__(self, report: StepReport) -> None:
         self._file.write(to_json(report) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def describe_run(config: Mapping[str, Any] | None = None, seed: int | None = None) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def _diagnosis(d: dict[str, Any]) -> Diagnosis:
 
 
 def _decision(d: dict[str, Any]) -> Decision:
-    return Decision(**{**d, "interventions": tuple(d["interventions"])})
+    return Decision(**{**d, "interventions": tuple(d["interventions"]), "reasons": tuple(d["reasons"])})
 
 
 def _plain(x: Any) -> Any:
@@ -116,7 +115,9 @@ def _version(package: str) -> str | None:
 
 def _revision() -> str | None:
     try:
-        out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=True)
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() or None

@@ -8,7 +8,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from adaptive_opt.records import StepReport
 
-SCALARS = ("kappa", "kappa_effective", "epsilon", "delta", "lambda_max", "lambda_min", "stability", "overshoot", "trace")
+SCALARS = (
+    "kappa",
+    "kappa_effective",
+    "epsilon",
+    "delta",
+    "lambda_max",
+    "lambda_min",
+    "stability",
+    "overshoot",
+    "trace",
+)
 
 
 class TensorBoardSink:

@@ -22,7 +22,15 @@ class Task(Protocol):
 class Classification:
     """Shuffled mini-batches of a labelled set; test accuracy and loss."""
 
-    def __init__(self, model: nn.Module, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], batch_size: int, steps: int, seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+        batch_size: int,
+        steps: int,
+        seed: int,
+    ):
         self.model, self.loss_fn, self.steps = model, nn.CrossEntropyLoss(), steps
         self.train, self.test, self.batch_size = train, test, batch_size
         self._order = torch.Generator().manual_seed(seed)

@@ -12,7 +12,15 @@ class Canyon:
     `best_lr` is gradient descent's optimal constant step 2 / (lambda_max + lambda_min), for the tuned baseline.
     """
 
-    def __init__(self, seed: int = 0, kappa: float = 1e4, inputs: int = 20, outputs: int = 10, samples: int = 200, steps: int = 2000):
+    def __init__(
+        self,
+        seed: int = 0,
+        kappa: float = 1e4,
+        inputs: int = 20,
+        outputs: int = 10,
+        samples: int = 200,
+        steps: int = 2000,
+    ):
         g = torch.Generator().manual_seed(seed)
         raw = torch.randn(samples, inputs, generator=g, dtype=torch.float64)
         white = torch.linalg.qr(raw).Q * samples**0.5  # exactly white: covariance I

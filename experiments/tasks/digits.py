@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -11,7 +13,9 @@ from experiments.tasks.base import Classification
 class Digits(Classification):
     """A ReLU MLP; `depth` hidden layers, their weights multiplied by `gain` at the start."""
 
-    def __init__(self, seed: int = 0, batch_size: int = 64, steps: int = 400, width: int = 64, depth: int = 2, gain: float = 1.0):
+    def __init__(
+        self, seed: int = 0, batch_size: int = 64, steps: int = 400, width: int = 64, depth: int = 2, gain: float = 1.0
+    ):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -19,7 +23,7 @@ class Digits(Classification):
         torch.manual_seed(seed)
         sizes = [64, *[width] * depth]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         model = nn.Sequential(*layers, nn.Linear(width, 10))
         with torch.no_grad():

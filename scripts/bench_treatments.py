@@ -1,0 +1,214 @@
+"""python scripts/bench_treatments.py [--seeds K] [--only rates layers canyon saddle healthy] [--out FILE.json]
+
+What each treatment gains over the bare optimizer, and what it costs where nothing is wrong: the tables of docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop  # noqa: E402
+from torch.optim.lr_scheduler import CosineAnnealingLR  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from adaptive_opt import AdaptiveOptimizer  # noqa: E402
+from adaptive_opt.interventions import INTERVENTIONS, Damp  # noqa: E402
+from experiments.loop import Outcome, train  # noqa: E402
+from experiments.tasks.base import Task  # noqa: E402
+from experiments.tasks.canyon import Canyon  # noqa: E402
+from experiments.tasks.digits import Digits  # noqa: E402
+from experiments.tasks.mnist import MNIST  # noqa: E402
+from experiments.tasks.saddle import Saddle  # noqa: E402
+
+Base = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Row = dict[str, Any]
+
+# workload -> task of a seed, base of a learning rate, a sensible learning rate
+RATES: dict[str, tuple[Callable[[int], Task], Callable[..., torch.optim.Optimizer], float]] = {
+    "MLP 3 layers, AdamW": (lambda s: Digits(s, steps=400), AdamW, 1e-3),
+    "MLP 13 layers, AdamW": (lambda s: Digits(s, steps=400, depth=12), AdamW, 1e-3),
+    "MLP 13 layers, heavy ball": (
+        lambda s: Digits(s, steps=400, depth=12),
+        lambda p, lr: SGD(p, lr, momentum=0.9),
+        0.02,
+    ),
+    "MLP 13 layers, SGD": (lambda s: Digits(s, steps=400, depth=12), SGD, 0.1),
+    "MLP 13 layers, RMSprop": (lambda s: Digits(s, steps=400, depth=12), RMSprop, 3e-4),
+    "CNN MNIST, AdamW": (lambda s: MNIST(s, steps=400), AdamW, 1e-3),
+    "CNN MNIST, heavy ball": (lambda s: MNIST(s, steps=400), lambda p, lr: SGD(p, lr, momentum=0.9), 0.02),
+    "CNN MNIST, SGD": (lambda s: MNIST(s, steps=400), SGD, 0.1),
+    "CNN MNIST, RMSprop": (lambda s: MNIST(s, steps=400), RMSprop, 1e-3),
+}
+FACTORS = (1, 10, 100, 1000)
+
+
+def learner(task: Task, base: torch.optim.Optimizer, arm: str) -> torch.optim.Optimizer:
+    """`arm`: "bare", "wrapped" (the defaults), or "wrapped, rule" with another rule of Damp."""
+    if arm == "bare":
+        return base
+    parts = {name: make() for name, make in INTERVENTIONS.items()}
+    if "," in arm:
+        parts["damp"] = Damp(rule=arm.split(", ")[1])
+    return AdaptiveOptimizer(base, task.model, loss_fn=task.loss_fn, interventions=parts)
+
+
+def measured(task: Task, base: Base, arm: str, schedule: bool = True, **kwargs: Any) -> Outcome:
+    optimizer = learner(task, base(task.model.parameters()), arm)
+    cosine = CosineAnnealingLR(optimizer, task.steps) if schedule else None
+    torch.manual_seed(0)
+    return train(task, optimizer, schedule=cosine, **kwargs)
+
+
+def row(section: str, workload: str, arm: str, seed: int, outcome: Outcome) -> Row:
+    return {
+        "section": section,
+        "workload": workload,
+        "arm": arm,
+        "seed": seed,
+        "train_loss": statistics.fmean(outcome.losses[-20:]),
+        "steps": outcome.steps,
+        "probing": outcome.overhead,
+        "treatments": sum(not line.endswith("-> pending") for line in outcome.treatments),
+        **outcome.metrics,
+    }
+
+
+def rates(seeds: int) -> list[Row]:
+    """Learning rates 1, 10, 100, 1000 times a sensible one: damp and rollback."""
+    rows = []
+    runs = [
+        (n, f, a, s)
+        for n in RATES
+        for f in FACTORS
+        for a in ("bare", "wrapped", "wrapped, limit", "wrapped, step")
+        for s in range(seeds)
+    ]
+    for name, factor, arm, seed in tqdm(runs, desc="learning rates", disable=not sys.stderr.isatty()):
+        make, base, lr = RATES[name]
+        outcome = measured(make(seed), lambda p, base=base, lr=lr * factor: base(p, lr=lr), arm)
+        rows.append(row("rates", f"{name} x{factor}", arm, seed, outcome))
+    return rows
+
+
+def layers(seeds: int) -> list[Row]:
+    """A 13-layer ReLU net whose weights start too large, too small, or with one wild layer: spectral."""
+    rows = []
+    bases = {"Adam": lambda p: Adam(p, lr=1e-3), "SGD": lambda p: SGD(p, lr=0.05)}
+    for start in ("healthy", "all x3", "all x0.4", "one x30"):
+        for name, base in bases.items():
+            for arm in ("bare", "wrapped"):
+                for seed in range(seeds):
+                    task = Digits(seed, depth=12, steps=600)
+                    linear = [m for m in task.model if isinstance(m, nn.Linear)]
+                    with torch.no_grad():
+                        for layer in linear[5:6] if "one" in start else linear:
+                            layer.weight.mul_(float(start.split("x")[1]) if "x" in start else 1.0)
+                    rows.append(row("layers", f"{start}, {name}", arm, seed, measured(task, base, arm, schedule=False)))
+    return rows
+
+
+def canyon(seeds: int) -> list[Row]:
+    """Steps to 1e-6 of the start loss on least squares with kappa 1e4: kfac."""
+    rows = []
+    for arm in ("bare", "wrapped"):
+        for seed in range(seeds):
+            task = Canyon(seed)
+            goal = 1e-6 * task.evaluate()["loss"]
+            outcome = measured(
+                task,
+                lambda p, lr=task.best_lr: SGD(p, lr=lr),
+                arm,
+                False,
+                steps=60000,
+                until=lambda x, goal=goal: x < goal,
+            )
+            rows.append(row("canyon", "least squares, kappa 1e4, SGD at its best lr", arm, seed, outcome))
+    return rows
+
+
+def saddle(seeds: int) -> list[Row]:
+    """Final loss from a start exactly on the ridge: escape."""
+    bases = {"SGD": lambda p: SGD(p, lr=0.1), "AdamW": lambda p: AdamW(p, lr=1e-2)}
+    return [
+        row(
+            "saddle", f"two-layer linear net at the origin, {name}", arm, seed, measured(Saddle(seed), base, arm, False)
+        )
+        for name, base in bases.items()
+        for arm in ("bare", "wrapped")
+        for seed in range(seeds)
+    ]
+
+
+def healthy(seeds: int) -> list[Row]:
+    """Runs in which nothing is wrong, other seeds than the thresholds were chosen on: false alarms and cost."""
+    bases: dict[str, Base] = {
+        "AdamW": lambda p: AdamW(p, lr=2e-3),
+        "heavy ball": lambda p: SGD(p, lr=0.05, momentum=0.9),
+        "Adagrad": lambda p: Adagrad(p, lr=0.01),
+        "RMSprop": lambda p: RMSprop(p, lr=1e-3),
+    }
+    return [
+        row("healthy", f"MLP 3 layers, {name}, 1000 steps", arm, seed, measured(Digits(seed, steps=1000), base, arm))
+        for name, base in bases.items()
+        for arm in ("bare", "wrapped")
+        for seed in range(10, 10 + seeds)
+    ]
+
+
+SECTIONS = {"rates": rates, "layers": layers, "canyon": canyon, "saddle": saddle, "healthy": healthy}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: mean over the seeds, a column an arm."""
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    lines = ["| " + " | ".join(["", *arms]) + " |", "|---" * (len(arms) + 1) + "|"]
+    for workload in dict.fromkeys(r["workload"] for r in rows):
+        cells = [cell([r for r in rows if r["workload"] == workload and r["arm"] == arm]) for arm in arms]
+        lines.append("| " + " | ".join([workload, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def cell(rows: list[Row]) -> str:
+    mean = {k: statistics.fmean(r[k] for r in rows) for k in rows[0] if isinstance(rows[0][k], (int, float))}
+    if rows[0]["section"] == "canyon":
+        return f"{mean['steps']:.0f} steps"
+    if rows[0]["section"] == "saddle":
+        return f"{mean['loss']:.3g}"
+    text = f"{mean['train_loss']:.4f}, {mean['test_accuracy']:.1f} %"
+    wrapped = rows[0]["arm"] == "wrapped" and rows[0]["section"] == "healthy"
+    return text + (f" ({mean['treatments']:.2g} treatments, probing {mean['probing']:.1%})" if wrapped else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench_treatments.json")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: 1 or more")
+    torch.set_num_threads(1)
+    everything: list[Row] = []
+    for name in args.only:
+        rows = SECTIONS[name](args.seeds)
+        everything += rows
+        title = (SECTIONS[name].__doc__ or name).rstrip(".")
+        print(f"\n{title} (mean of {args.seeds} seeds)\n\n{table(rows)}", flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(everything, indent=1) + "\n")
+    print(f"\nAll rows: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

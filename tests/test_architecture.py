@@ -1,0 +1,59 @@
+"""Imports run one way (docs/design.md), and the library knows nothing of Hydra or of the experiments."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "adaptive_opt"
+ROOMS = {  # room -> what it may import of ours, besides itself
+    "records": set(),
+    "curvature": set(),
+    "capture": set(),
+    "objective": {"capture"},
+    "metric": {"curvature"},
+    "layers": {"curvature", "records"},
+    "probe": {"curvature", "objective", "metric", "layers", "records"},
+    "signals": {"records"},
+    "diagnosis": {"records"},
+    "policy": {"records"},
+    "verify": set(),
+    "modes": {"objective", "records"},
+    "interventions": {"modes", "objective", "records", "curvature", "probe"},
+    "controller": {
+        "capture", "diagnosis", "interventions", "modes", "objective", "policy", "probe", "records", "signals", "verify",
+    },
+    "optimizer": {"capture", "controller", "interventions", "modes", "policy", "probe", "records"},
+    "checkup": {"capture", "objective", "probe", "records"},
+    "telemetry": {"records"},
+}  # fmt: skip
+FILES = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
+
+
+def room_of(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "adaptive_opt":
+            yield from (f"adaptive_opt.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    room = room_of(path)
+    for name in imports(path):
+        assert name.split(".")[0] not in ("hydra", "omegaconf", "experiments", "scripts", "tests"), name
+        if name.startswith("adaptive_opt."):
+            other = name.split(".")[1]
+            assert other == room or other in ROOMS[room], f"{room} imports {other}"
+
+
+def test_every_room_is_on_the_map():
+    assert {room_of(p) for p in FILES} == set(ROOMS)

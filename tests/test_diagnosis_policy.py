@@ -1,0 +1,145 @@
+"""Diagnosis and policy are pure: a reading and free signals in, conditions out; conditions in, a decision out."""
+
+from dataclasses import replace
+
+import pytest
+
+from adaptive_opt import Condition, ConstantPolicy, LayerReading, Reading, RulePolicy
+from adaptive_opt.diagnosis import diagnose
+from adaptive_opt.records import Diagnosis, Finding, History, Trend
+from adaptive_opt.signals import JUMP_GRAD, STALL, Signals
+
+CALM = Trend(step=100, loss=1.0, grad_norm=1.0)
+READING = Reading(
+    step=100, loss=1.0, grad_norm=1.0, stability=0.3, overshoot=0.2, epsilon=10.0, lambda_min=-0.05, lambda_max=10.0
+)
+
+
+def layers(*rms):
+    return tuple(LayerReading(f"l{i}", s, 0.0, s, 0.0, 1.0) for i, s in enumerate(rms))
+
+
+def conditions(trend=CALM, reading=None, **kwargs):
+    return [f.condition for f in diagnose(trend, reading, **kwargs).findings]
+
+
+@pytest.mark.parametrize(
+    ("trend", "reading", "kwargs", "expected"),
+    [
+        (CALM, None, {}, [Condition.HEALTHY]),
+        (CALM, READING, {}, [Condition.HEALTHY]),
+        (replace(CALM, finite=False), None, {}, [Condition.NON_FINITE]),
+        (replace(CALM, spike=True), None, {}, [Condition.BROKEN]),
+        (replace(CALM, lost=0.6), None, {}, [Condition.BROKEN]),
+        (CALM, replace(READING, stability=30.0, overshoot=9.0), {}, [Condition.UNSTABLE]),
+        (replace(CALM, rising=True), replace(READING, stability=3.0, overshoot=3.0), {}, [Condition.UNSTABLE]),
+        (
+            CALM,
+            replace(READING, stability=3.0, overshoot=3.0),
+            {},
+            [Condition.HEALTHY],
+        ),  # loss does not rise: leave it alone
+        (
+            CALM,
+            replace(READING, stability=30.0, overshoot=0.5),
+            {},
+            [Condition.HEALTHY],
+        ),  # sharp, but the step does not go there
+        (CALM, replace(READING, stability=1.0), {}, [Condition.SHARP]),
+        (replace(CALM, stalled=True), replace(READING, lambda_min=-5.0), {}, [Condition.SADDLE]),
+        (CALM, replace(READING, lambda_min=-5.0), {}, [Condition.HEALTHY]),  # negative curvature alone means nothing
+        (CALM, READING, {"kappas": (200.0, 300.0, 10.0)}, [Condition.ILL_CONDITIONED]),
+        (CALM, READING, {"kappas": (2000.0, 10.0, 10.0)}, [Condition.HEALTHY]),  # one outlier among three
+        (CALM, replace(READING, layers=layers(1, 30, 1)), {}, [Condition.DRIFTING]),
+        (CALM, replace(READING, layers=layers(*[3.0] * 12)), {}, [Condition.DRIFTING]),
+        (CALM, replace(READING, layers=layers(*[0.4] * 12)), {}, [Condition.DRIFTING]),
+        (CALM, replace(READING, layers=layers(0.6, 1.4, 3.0)), {}, [Condition.HEALTHY]),
+        (
+            CALM,
+            replace(READING, layers=layers(1, 30, 1)),
+            {"first_layers": layers(1, 30, 1)},
+            [Condition.HEALTHY],
+        ),  # no drift
+        (CALM, replace(READING, layers=layers(1, 60, 1)), {"first_layers": layers(1, 5, 1)}, [Condition.DRIFTING]),
+    ],
+)
+def test_conditions_follow_from_their_evidence(trend, reading, kwargs, expected):
+    assert conditions(trend, reading, **kwargs) == expected
+
+
+def test_what_was_not_measured_is_no_condition():
+    assert conditions(CALM, Reading(step=0, loss=1.0, grad_norm=1.0)) == [Condition.HEALTHY]
+
+
+def of(*found):
+    return Diagnosis(100, tuple(Finding(c, 1.0, 1.0, f"because {c}") for c in found))
+
+
+ABLE = History(step=200, can_replay=True, can_validate=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "history", "mode", "interventions"),
+    [
+        ([Condition.HEALTHY], ABLE, "base", ()),
+        ([Condition.NON_FINITE], ABLE, "base", ("rollback",)),
+        ([Condition.UNSTABLE, Condition.DRIFTING], ABLE, "base", ("damp", "spectral")),
+        ([Condition.SADDLE], ABLE, "base", ("escape",)),
+        ([Condition.SADDLE], replace(ABLE, can_replay=False), "base", ()),
+        ([Condition.ILL_CONDITIONED], ABLE, "kfac", ()),
+        ([Condition.ILL_CONDITIONED], replace(ABLE, step=20), "base", ()),  # dwell
+        ([Condition.ILL_CONDITIONED], replace(ABLE, trial="spectral"), "base", ()),  # one trial at a time
+        ([Condition.ILL_CONDITIONED], replace(ABLE, not_before={"kfac": 300}), "base", ()),  # cool-down
+        ([Condition.SHARP], ABLE, "sam", ()),
+        ([Condition.SHARP], replace(ABLE, can_validate=False), "base", ()),  # only validation shows what SAM is worth
+        ([Condition.SHARP], replace(ABLE, mode="kfac"), "kfac", ()),  # one mode at a time
+        ([Condition.NON_FINITE], replace(ABLE, trial="kfac"), "base", ("rollback",)),  # urgent
+    ],
+)
+def test_the_table_decides(found, history, mode, interventions):
+    decision = RulePolicy().decide(of(*found), history)
+    assert (decision.mode, decision.interventions) == (mode, interventions)
+    assert decision.reasons == tuple(f"because {c}" for c in found[: len(interventions)])
+
+
+def test_a_constant_policy_does_nothing_but_what_it_was_allowed():
+    sick = of(Condition.NON_FINITE, Condition.UNSTABLE, Condition.ILL_CONDITIONED)
+    assert ConstantPolicy("sam").decide(sick, ABLE).mode == "sam"
+    assert ConstantPolicy("base").decide(sick, ABLE).interventions == ()
+    assert ConstantPolicy("base", ("damp",)).decide(sick, ABLE).interventions == ("damp",)
+
+
+def fed(losses, norms=None):
+    signals = Signals()
+    for i, loss in enumerate(losses):
+        signals.remember(signals.judge(i, loss, 1.0 if norms is None else norms[i]))
+    return signals
+
+
+def test_a_batch_stands_out_only_by_loss_and_gradient_together():
+    signals = fed([1.0] * 20)
+    assert signals.judge(20, 100.0, 10 * JUMP_GRAD).spike
+    assert not signals.judge(20, 100.0, 1.0).spike
+    assert not signals.judge(20, 1.0, 10 * JUMP_GRAD).spike
+
+
+def test_nothing_stands_out_before_anything_was_seen():
+    assert not fed([1.0] * 3).judge(3, 100.0, 1000.0).spike
+
+
+def test_a_plateau_is_a_stall_and_a_noisy_or_falling_loss_is_not():
+    assert fed([2.3] * STALL).judge(STALL, 2.3, 0.0).stalled
+    assert not fed([2.3 * 0.99**i for i in range(STALL)]).judge(STALL, 1.0, 1.0).stalled
+    assert not fed([1.0, 2.0] * (STALL // 2)).judge(STALL, 1.0, 1.0).stalled
+
+
+def test_lost_progress_is_measured_against_the_progress_made():
+    down_and_up = [2.0] * 10 + [0.5] * 40 + [1.6] * 30
+    assert fed(down_and_up).judge(80, 1.6, 1.0).lost == pytest.approx((1.6 - 0.5) / 1.5)
+    assert fed([2.0] * 60).judge(60, 2.0, 1.0).lost == 0.0
+
+
+def test_signals_go_on_from_a_checkpoint():
+    signals, other = fed([1.0, 0.9, 0.8] * 10), Signals()
+    other.load_state_dict(signals.state_dict())
+    assert vars(other) == vars(signals)

@@ -253,6 +253,7 @@ def evaluate(
                     largs, lkwargs = map_leaves(lambda x: x.fill(outputs) if isinstance(x, Slot) else x, record.args)
                     assert loss_fn is not None  # records with arguments come from a loss_fn
                     loss = loss_fn(*largs, **lkwargs)
+                assert loss is not None  # the same model on the same inputs gave one before
                 part = (loss * record.weight).sum()
                 total = part if total is None else total + part
     if total is None:

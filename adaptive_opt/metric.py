@@ -58,11 +58,6 @@ def metric(base: Optimizer, grads: dict[Tensor, Tensor]) -> Metric | None:
     return Metric(flatten(roots), momentum, momentum, averages, min(limits))
 
 
-def known(base: Optimizer) -> bool:
-    """Whether `metric` knows this optimizer."""
-    return all(_rule(base, group) is not None and not group.get("maximize") for group in base.param_groups)
-
-
 Rule = Callable[[Group, dict[str, Any], Tensor], tuple[Tensor, Tensor]]
 
 
@@ -70,9 +65,7 @@ def _rule(base: Optimizer, group: Group) -> Rule | None:
     name = type(base).__name__
     if name == "SGD":
         return _sgd
-    if name in ADAM:
-        return _adam
-    return {"RMSprop": _rmsprop, "Adagrad": _adagrad}.get(name)
+    return {"RAdam": _radam, "RMSprop": _rmsprop, "Adagrad": _adagrad}.get(name, _adam if name in ADAM else None)
 
 
 def _limit(base: Optimizer, group: Group) -> float:
@@ -90,7 +83,7 @@ def _sgd(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor
     beta = float(group["momentum"])
     buffer = state.get("momentum_buffer")
     m = g if not beta or buffer is None else beta * buffer + (1 - float(group["dampening"])) * g
-    return torch.ones_like(g), m
+    return torch.ones_like(g), g + beta * m if group["nesterov"] else m
 
 
 def _adam(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +94,17 @@ def _adam(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tenso
     if "max_exp_avg_sq" in state:
         v = torch.maximum(v, state["max_exp_avg_sq"])
     return 1 / ((v / (1 - beta2**t)).sqrt() + float(group["eps"])), m / (1 - beta1**t)
+
+
+def _radam(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam with the second moment's variance rectified (Liu et al., 2020); plain momentum while that variance is unknown."""
+    scale, m = _adam(group, state, g)
+    beta2, t = float(group["betas"][1]), float(state.get("step", 0)) + 1
+    longest = 2 / (1 - beta2) - 1
+    rho = longest - 2 * t * beta2**t / (1 - beta2**t)
+    if rho <= 5:
+        return torch.ones_like(g), m
+    return scale * ((rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho)) ** 0.5, m
 
 
 def _rmsprop(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from oracles import DEVICES
 from torch import nn, optim
 
 from adaptive_opt.curvature import flatten
-from adaptive_opt.metric import known, metric
+from adaptive_opt.metric import metric
 
 EXACT = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),
@@ -95,12 +95,12 @@ def test_rmsprops_transient_is_left_out_by_design_and_by_just_its_missing_bias_c
         assert torch.allclose(m.root * m.momentum, taken * (1 - 0.9**t) ** 0.5, rtol=1e-12)
 
 
-def test_nesterovs_momentum_is_the_buffer_and_its_step_looks_ahead_by_design():
+def test_nesterovs_step_looks_ahead():
     walk = Walk(lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True))
     for _ in range(6):
         m, g, taken = walk.step()
-        assert torch.allclose(m.root * m.momentum, walk.lr * walk.state("momentum_buffer"), rtol=1e-12)
-        assert torch.allclose(walk.lr * g + 0.9 * m.root * m.momentum, taken, rtol=1e-12)
+        assert torch.allclose(m.root * m.momentum, taken, rtol=1e-12)
+        assert torch.allclose(walk.lr * (g + 0.9 * walk.state("momentum_buffer")), taken, rtol=1e-12)
 
 
 def test_nadams_metric_is_its_own_and_its_look_ahead_is_left_out_by_design():
@@ -115,17 +115,11 @@ def test_nadams_metric_is_its_own_and_its_look_ahead_is_left_out_by_design():
         assert torch.allclose(m.momentum, m.root * walk.state("exp_avg") / (1 - 0.9**t), rtol=1e-10)
 
 
-def test_radams_step_is_the_predicted_one_times_its_rectification_that_grows_to_one():
-    """By design: r is left out, and so are the first steps, where RAdam does not precondition at all."""
+def test_radams_step_is_rectified_and_not_preconditioned_at_first():
     walk = Walk(lambda p: optim.RAdam(p, lr=0.01, betas=(0.9, 0.95), eps=1e-30))
-    longest = 2 / (1 - 0.95) - 1
-    for t in range(1, 400):
+    for t in range(1, 100):
         m, _, taken = walk.step()
-        rho = longest - 2 * t * 0.95**t / (1 - 0.95**t)
-        if rho > 5:
-            r = ((rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho)) ** 0.5
-            assert torch.allclose(r * m.root * m.momentum, taken, rtol=1e-10, atol=1e-14)
-    assert abs(r - 1) < 1e-6
+        assert torch.allclose(m.root * m.momentum, taken, rtol=1e-10, atol=1e-14), t
 
 
 def test_decoupled_weight_decay_is_the_one_thing_left_out_of_adamws_step():
@@ -188,8 +182,6 @@ def test_unknown_and_maximizing_optimizers_have_no_metric():
     w = nn.Parameter(torch.ones(2))
     for base in (optim.Adamax([w]), optim.SGD([w], lr=0.1, maximize=True)):
         assert metric(base, {w: torch.ones(2)}) is None
-        assert not known(base)
-    assert known(optim.SGD([w], lr=0.1))
     assert metric(optim.SGD([w], lr=0.1), {}) is None  # no gradient, no step
 
 

@@ -67,7 +67,7 @@ class KFAC:
         self._entered = True
 
     def exit(self, ctx: StepContext) -> None:
-        for index, p in zip(ctx.indices, ctx.params, strict=True):
+        for index, p in enumerate(self._all(ctx)):  # also what has no gradient in this very step
             f = self._factors.get(index)
             if f is not None and f.ready and self._elementwise(ctx):
                 self._carry(ctx.base.state.get(p, {}), p, f, None, None)
@@ -160,7 +160,7 @@ class KFAC:
 
     def _forget_faster(self, ctx: StepContext, entering: bool) -> None:
         """Rescale second moments so that their bias correction is right under the other beta2."""
-        for p in ctx.params:
+        for p in self._all(ctx):
             betas = ctx.group_of(p).get("betas")
             state = ctx.base.state.get(p, {})
             t = float(state.get("step", 0))
@@ -219,6 +219,10 @@ class KFAC:
             D = kron.rotate_back(D, QL, QR)
             D = D * (s.norm() / D.norm().clamp_min(torch.finfo(D.dtype).tiny))
             p.copy_(old + D.to(p.dtype).view(p.shape))
+
+    @staticmethod
+    def _all(ctx: StepContext) -> list[Tensor]:
+        return [p for group in ctx.base.param_groups for p in group["params"]]
 
     @staticmethod
     def _matrix(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class AdaptiveOptimizer(Optimizer):
         self._link(base)  # __init__ made groups of its own
         self.sinks: list[Sink] = list(sinks)
         self.control = Controller(
-            base, None, None, None, LanczosProbe() if probe is None else probe, policy, modes, interventions, validate
+            base, LanczosProbe() if probe is None else probe, policy, modes, interventions, validate
         )
         self._beginning = self.control.state_dict()
         self._said: set[str] = set()
@@ -106,12 +106,12 @@ class AdaptiveOptimizer(Optimizer):
                 loss = closure()
         if all(float(group["lr"]) == 0 for group in self.param_groups):
             self.base.step()  # nothing can change: checkpoint helpers call step() so to create the state
-            self.control.forget_batch()
+            self.control.gate.forget()
             return loss
         if self.control.passive and not self.sinks:
             self._report = self.control.pass_on()
             return loss
-        if (why := self.control.without_replay(closure is not None)) is not None:
+        if (why := self.control.gate.without_replay(closure is not None)) is not None:
             self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
         self._report = self.control.step(closure, ambient, loss)
         for sink in self.sinks:
@@ -130,7 +130,7 @@ class AdaptiveOptimizer(Optimizer):
 
         Raises ReplayError when the batch cannot be evaluated again; the message says why.
         """
-        return self.control.probe_now(self.control._context(None, None))
+        return self.control.probe_now()
 
     # ---- the batch ----------------------------------------------------------------------------------------------------
 
@@ -145,8 +145,7 @@ class AdaptiveOptimizer(Optimizer):
         self.detach()
         _check_sources(self.base, model, loss_fn, objective)
         self._capture = None if model is None else Capture(model, loss_fn)
-        self.control.model = None if model is None else original(model)
-        self.control.capture, self.control.given = self._capture, objective
+        self.control.listen(None if model is None else original(model), self._capture, objective)
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -177,7 +176,7 @@ class AdaptiveOptimizer(Optimizer):
         self.control.load_state_dict(state_dict.get("adaptive", self._beginning))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Model, hooks, objective and sinks stay behind: `attach` and `sinks` bring them back."""
+        """Model, hooks, objective, validate and sinks stay behind: `attach`, `control.validate` and `sinks` take them again."""
         taken = (
             "defaults",
             "state",
@@ -186,7 +185,7 @@ class AdaptiveOptimizer(Optimizer):
             "_said",
             "_report",
             "_beginning",
-        )  # not a scheduler's own `step`
+        )  # not a scheduler's `step`
         state = {k: v for k, v in self.__dict__.items() if k in taken}
         control = self.control
         probe_policy = (control.probe, control.policy, control.modes, control.interventions)
@@ -203,7 +202,7 @@ class AdaptiveOptimizer(Optimizer):
         super().__setstate__(state)
         self._link(self.base)
         self._capture, self.sinks = None, []
-        self.control = Controller(self.base, None, None, None, probe, policy, modes, interventions, None)
+        self.control = Controller(self.base, probe, policy, modes, interventions, None)
         self.control.load_state_dict(control_state)
 
     def _link(self, base: Optimizer) -> None:
@@ -213,7 +212,7 @@ class AdaptiveOptimizer(Optimizer):
 
     def _ambient(self) -> Ambient:
         modules = self._capture.modules if self._capture is not None else []
-        model = self.control.model
+        model = self.control.gate.model
         device = device_of(model) if model is not None else self.param_groups[0]["params"][0].device
         return Ambient.now(modules, device)
 

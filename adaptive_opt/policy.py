@@ -44,7 +44,7 @@ class RulePolicy:
 
     dwell: steps that a mode stays at least before another is tried. One trial at a time; what is urgent is treated at
     once. A treatment that was taken back waits twice as long each time (the controller keeps the date in
-    `History.not_before`). A mode that was kept stays until its own gain is gone: the controller tries it again then.
+    `History.not_before`). A mode that was kept stays until the run breaks in it.
     """
 
     dwell: int = 50

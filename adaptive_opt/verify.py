@@ -1,14 +1,50 @@
-"""Verdicts: did a treatment move the number that it was meant to move? Pure functions of the losses before and since."""
+"""Trials and verdicts: did a treatment move the number that it was meant to move?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
+import torch
 from scipy.stats import linregress
+from torch import Tensor
+
+from adaptive_opt.interventions import Snapshot
+from adaptive_opt.objective import Objective
+from adaptive_opt.records import Event
 
 Verdict = tuple[bool, str]  # kept?, the numbers in words
+
+
+@dataclass
+class Trial:
+    """A treatment waiting for its verdict."""
+
+    name: str
+    event: Event
+    until: int  # step of the verdict
+    level: float | None  # the loss before (for SAM the validation loss)
+    losses_before: list[float]
+    before: Snapshot | None  # the way back
+
+    def state_dict(self) -> dict[str, Any]:
+        plain = {k: v for k, v in vars(self).items() if k not in ("event", "before")}
+        return {
+            **plain,
+            "event": asdict(self.event),
+            "before": None if self.before is None else self.before.state_dict(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, d: dict[str, Any] | None) -> Trial | None:
+        return (
+            None
+            if d is None
+            else cls(**{**d, "event": Event(**d["event"]), "before": Snapshot.from_state_dict(d["before"])})
+        )
 
 
 def lower_level(before: float | None, since: Sequence[float]) -> Verdict:
@@ -30,6 +66,24 @@ def faster_progress(before: Sequence[float], since: Sequence[float]) -> Verdict:
     worse = end > start and new > 2 * new_error
     words = f"progress {-old:.2e} -> {-new:.2e} of the loss a step, loss {start:.4g} -> {end:.4g}"
     return not (slower or worse), words
+
+
+@torch.no_grad()
+def with_and_without(objective: Objective | None, before: Snapshot | None, params: Sequence[Tensor]) -> Verdict:
+    """The next batch's loss where the treatment led, and where all parameters (`params`) were before it."""
+    if objective is None or before is None:
+        return True, "no batch to compare on"
+    with_it = objective.loss()
+    old = dict(zip(map(id, params), before.params, strict=True))
+    here = [p.detach().clone() for p in objective.params]
+    try:
+        for p in objective.params:
+            p.copy_(old[id(p)])
+        without = objective.loss()
+    finally:
+        for p, h in zip(objective.params, here, strict=True):
+            p.copy_(h)
+    return with_it < without, f"next batch's loss {without:.6g} without, {with_it:.6g} with it"
 
 
 def _slope(losses: Sequence[float]) -> tuple[float, float]:

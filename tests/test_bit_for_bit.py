@@ -50,7 +50,7 @@ def run(name, base, source=None, dtype=torch.float32, steps=STEPS, probe=None):
         schedule.step()
         readings += source is not None and optimizer.report.reading is not None
     if source is not None:
-        assert optimizer.control.trusted is True  # or the comparison would be an empty one
+        assert optimizer.control.gate.trusted is True  # or the comparison would be an empty one
     state = {k: v.clone() for k, v in problem.model.state_dict().items()}
     return state, torch.get_rng_state(), readings
 

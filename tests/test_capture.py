@@ -18,8 +18,8 @@ def wrap(model, criterion, *others, **kwargs):
 
 
 def objective_of(optimizer):
-    objective = optimizer.control._context(None, None).objective
-    assert objective is not None, optimizer.control._why_no_objective()
+    objective = optimizer.control.gate.context(None, None).objective
+    assert objective is not None, optimizer.control.gate.why_not()
     return objective
 
 
@@ -137,7 +137,7 @@ def test_a_loss_for_each_sample_may_be_weighted_outside(how):
     weights = torch.autograd.grad(UNREDUCED[how](each), each)[0]
     assert part.loss() == pytest.approx((weights * each)[:3].sum().item() * 2, rel=1e-5)
     optimizer.step()
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
 
 
 def test_loss_fn_called_twice_on_one_output_counts_twice():
@@ -156,7 +156,7 @@ def test_a_difference_of_losses_is_finite():
     (criterion(model(X[:, 0]), LABELS[:, 0]) - criterion(model(X[:, 1]), LABELS[:, 0])).backward()
     optimizer.step()
     assert optimizer.report.stepped
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
 
 
 @pytest.mark.parametrize("weights", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.2, 0.1)], ids=["equal", "unequal"])
@@ -173,7 +173,7 @@ def test_accumulated_micro_batches_are_replayed_together(weights):
     assert part.batch_size == 16
     assert all(g.isfinite().all() for g in part.gradient())
     optimizer.step()
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
     assert optimizer.report.reading.batch_size == 48
     assert not optimizer._capture.calls
 
@@ -210,7 +210,7 @@ def test_validation_with_a_graph_but_no_backward_is_ignored(before, between):
     loss.backward()
     assert_replays(optimizer)
     optimizer.step()
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
 
 
 def test_zero_grad_drops_what_went_backward_before():
@@ -238,7 +238,7 @@ def test_two_optimizers_on_one_model_do_not_see_each_others_replays():
         for optimizer in halves:
             optimizer.step()
             assert optimizer.report.reading is not None
-            assert optimizer.control.trusted is True
+            assert optimizer.control.gate.trusted is True
 
 
 SPOILED = {
@@ -263,7 +263,7 @@ def test_a_loss_that_a_replay_misses_is_refused_once_and_training_goes_on_as_bar
     with pytest.warns(UserWarning, match=r"cosine .*an added penalty, a batch changed in place") as said:
         wrapped, optimizer = run(True)
     assert len(said) == 1
-    assert optimizer.control.trusted is False
+    assert optimizer.control.gate.trusted is False
     assert all(torch.equal(a, b) for a, b in zip(wrapped, run(False)[0], strict=True))
 
 

@@ -120,7 +120,7 @@ def test_a_model_is_copied_without_ears_also_in_the_middle_of_a_step():
     loss.backward()
     assert len(run.optimizer._capture.step_calls()) == 1
     run.optimizer.step()
-    assert run.optimizer.control.trusted is True
+    assert run.optimizer.control.gate.trusted is True
 
 
 def test_scheduler_and_hooks_do_not_stand_in_the_way_of_a_copy():

@@ -43,7 +43,7 @@ def ready(name, device="cpu", autocast=False, criterion=None, clear=True):
 
 
 def replayed(optimizer):
-    return optimizer.control._context(None, None).objective
+    return optimizer.control.gate.context(None, None).objective
 
 
 def trace(optimizer, model, criterion, device):
@@ -184,7 +184,7 @@ def test_under_bf16_autocast_the_gradient_agrees_to_what_the_gate_allows(name):
     assert ratio == pytest.approx(1, abs=0.01)
     assert_no_trace(before, trace(optimizer, model, criterion, "cpu"))
     optimizer.step()
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
 
 
 def test_attention_dropout_is_drawn_again():

@@ -61,8 +61,8 @@ def test_under_a_gradient_scaler_everything_is_in_the_users_units(kind, clip):
         return reports, optimizer
 
     (plain, _), (scaled, optimizer) = run(False), run(True)
-    assert optimizer.control.trusted is True
-    assert optimizer.control.clip_norm == (None if clip is None else pytest.approx(clip, rel=1e-3))
+    assert optimizer.control.gate.trusted is True
+    assert optimizer.control.gate.clip_norm == (None if clip is None else pytest.approx(clip, rel=1e-3))
     for a, b in zip(plain, scaled, strict=True):
         assert b.loss == pytest.approx(a.loss, rel=1e-4)
         assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
@@ -80,7 +80,7 @@ def test_a_step_that_the_scaler_skips_is_no_step():
         scaler.step(optimizer)
         scaler.update()
     assert optimizer.steps == 2
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
 
 
 @pytest.mark.parametrize("norm", [0.01, 1e6])
@@ -88,8 +88,8 @@ def test_clipping_by_norm_does_not_upset_the_gate_and_is_known(norm):
     problem = make("mlp", 6)
     optimizer = wrap(SGD(problem.model.parameters(), lr=0.1), problem)
     train(problem, optimizer, before_step=lambda n: nn.utils.clip_grad_norm_(problem.model.parameters(), norm))
-    assert optimizer.control.trusted is True
-    assert optimizer.control.clip_norm == (pytest.approx(norm, rel=1e-3) if norm < 1 else None)
+    assert optimizer.control.gate.trusted is True
+    assert optimizer.control.gate.clip_norm == (pytest.approx(norm, rel=1e-3) if norm < 1 else None)
 
 
 KINDS = {
@@ -115,7 +115,7 @@ def test_a_probed_run_on_any_base_equals_the_bare_one(kind):
 
     (bare, _), (probed, optimizer) = run(False), run(True)
     assert all(torch.equal(a, b) for a, b in zip(bare, probed, strict=True))
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
     if kind in ("Adafactor", "Adadelta", "maximize"):
         assert optimizer.reading.stability is None
         assert any("the coming step of" in note for note in optimizer.reading.notes)
@@ -138,7 +138,7 @@ def test_frozen_layers_stay_and_join_when_they_are_unfrozen(mode):
     problem.batches = later
     train(problem, optimizer)
     assert not torch.equal(first.weight, kept)
-    assert optimizer.control.trusted is True
+    assert optimizer.control.gate.trusted is True
     assert optimizer.report.mode == mode
 
 
@@ -151,7 +151,7 @@ def test_kfac_turns_every_moment_back_also_of_a_parameter_without_gradient():
     expected = kron.rotate_back(moment.clone(), factors.QL, factors.QR)
     second = optimizer.state[problem.model[0].bias]["exp_avg_sq"].clone()
     problem.model[0].requires_grad_(False).zero_grad()
-    kfac.exit(optimizer.control._context(None, None))
+    kfac.exit(optimizer.control.gate.context(None, None))
     torch.testing.assert_close(moment, expected)
     assert not torch.equal(second, optimizer.state[problem.model[0].bias]["exp_avg_sq"])
 

@@ -5,7 +5,18 @@ from adaptive_opt.interventions.damp import Damp
 from adaptive_opt.interventions.escape import Escape
 from adaptive_opt.interventions.rollback import Rollback
 from adaptive_opt.interventions.spectral import Spectral
+from adaptive_opt.interventions.statistics import RunningStatistics
 
 INTERVENTIONS = {"damp": Damp, "rollback": Rollback, "escape": Escape, "spectral": Spectral}
 
-__all__ = ["INTERVENTIONS", "Applied", "Damp", "Escape", "Patient", "Rollback", "Snapshot", "Spectral"]
+__all__ = [
+    "INTERVENTIONS",
+    "Applied",
+    "Damp",
+    "Escape",
+    "Patient",
+    "Rollback",
+    "RunningStatistics",
+    "Snapshot",
+    "Spectral",
+]

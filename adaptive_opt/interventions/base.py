@@ -30,12 +30,10 @@ class Applied:
     """What an intervention did."""
 
     done: str  # a sentence
-    step_taken: bool = False  # it stands in for this step: the gradient belongs to where the parameters were
     skip: bool = False  # this batch is not stepped on
+    moved: bool = False  # the parameters jumped: this batch's gradients belong to where they were
     trial: int = 0  # steps until the verdict; 0: nothing to wait for
     before: Snapshot | None = None  # the way back
-    outcome: str = "pending"
-    result: str = ""
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Escape:
             for p, d in zip(objective.params, direction, strict=True):
                 p.add_(d.to(p.dtype), alpha=length)
         done = f"stepped {length:.3g} along the most negative curvature, loss {start:.6g} -> {best:.6g}"
-        return Applied(done, step_taken=True, trial=1, before=before)
+        return Applied(done, moved=True, trial=1, before=before)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -45,7 +45,7 @@ class Rollback:
         sick_step = not trend.finite or trend.spike
         broken = not trend.finite and not self._finite(patient)
         self.bad += sick_step
-        skipped = Applied("skipped this batch", skip=True, outcome="done")
+        skipped = Applied("skipped this batch", skip=True)
         if sick_step and not broken and self.bad < self.patience:
             return skipped
         target = self.latest if sick_step and self.returns < 2 else self.best
@@ -56,7 +56,7 @@ class Rollback:
         self.scale = self.shrink**self.returns
         target.restore(patient.ctx.base)
         done = f"went back to the parameters of step {target.step}, steps shortened to {self.scale:.3g}"
-        return Applied(done, skip=True, trial=20)
+        return Applied(done, skip=True, moved=True, trial=20)
 
     def good_step(self) -> None:
         """A step went well: count it and let the step size return."""

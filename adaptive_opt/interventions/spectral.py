@@ -51,7 +51,7 @@ class Spectral:
             return None
         worst = max(changed, key=lambda c: max(c[1], 1 / c[1]))
         done = f"brought sigma_rms of {len(changed)} layers to 1 ({worst[0]} had {worst[1]:.3g})"
-        return Applied(done, step_taken=True, trial=self.trial, before=before)
+        return Applied(done, moved=True, trial=self.trial, before=before)
 
     @staticmethod
     def _rescale(state: dict[str, Any], factor: float) -> None:

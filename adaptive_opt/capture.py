@@ -50,11 +50,12 @@ class Slot:
     index: int  # which tensor of the model's output
     view: tuple[torch.Size, tuple[int, ...], int] | None  # size, stride, offset; None: the tensor itself
     rows: int | None  # the view is a plain reshape with that many rows for each row of the output
+    dtype: torch.dtype | None = None  # the tensor itself in another dtype, as in criterion(model(x).float(), y)
 
     def fill(self, outputs: list[Tensor]) -> Tensor:
         out = outputs[self.index]
         if self.view is None:
-            return out
+            return out if self.dtype is None else out.to(self.dtype)
         size, stride, offset = self.view
         if self.rows is not None:
             return out.reshape(self.rows * out.shape[0], *size[1:])
@@ -176,7 +177,7 @@ class Capture:
     def _refuse(self, loss: Tensor) -> None:
         """Say why this loss cannot be replayed; it matters if backward passes through it."""
         self.problem = problem = (
-            "loss_fn was given a tensor that is neither the model's output nor a view of it; move the computation "
+            "loss_fn was given a tensor that is neither the model's output nor a view or cast of it; move the computation "
             "between model and loss_fn into one of them, or pass objective="
             if self.calls
             else "loss_fn was called, the model was not; give the very module that the training loop calls "
@@ -332,6 +333,9 @@ def find_slot(t: Tensor, outputs: list[Tensor]) -> Slot | None:
             plain = t.is_contiguous() and out.is_contiguous() and t.numel() == out.numel() and t.dim() and out.dim()
             rows = t.shape[0] // out.shape[0] if plain and out.shape[0] and t.shape[0] % out.shape[0] == 0 else None
             return Slot(index, view, rows)
+        made_by = t.grad_fn if t.shape == out.shape and out.grad_fn is not None else None
+        if made_by is not None and made_by.name() == "ToCopyBackward0" and made_by.next_functions[0][0] is out.grad_fn:
+            return Slot(index, None, None, t.dtype)
     return None
 
 

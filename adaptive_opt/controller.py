@@ -164,7 +164,7 @@ class Controller:
         if ctx.objective is None:
             return None
         layers = self.gate.model is not None and self.first_layers != ()
-        cheap, full = self.probe.costs(ctx.objective, layers)
+        cheap, full = self.probe.costs(ctx.objective, self.memory, layers)
         kind = self.probe.due(trend, self.memory, cheap, full, watchful=self.lr_scale < 1, alarm=self.alarm)
         self.alarm = False
         if kind is None or ((kind == "full" or self.gate.trusted is None) and not self._trust(ctx, events)):

@@ -46,6 +46,7 @@ class ProbeMemory:
     bottom: Tensor | None = None  # (n,) Ritz vector of the most negative eigenvalue of H, from the latest full reading
     spent: float = 0.0  # gradient-equivalents
     anchor: Tensor | None = None  # (n,) parameters at the latest reading
+    whole: bool = False  # the batch cannot be cut
     last_cheap: int = -1
     last_full: int = -1
 
@@ -56,6 +57,7 @@ class ProbeMemory:
             "bottom": self.bottom,
             "anchor": self.anchor,
             "spent": self.spent,
+            "whole": self.whole,
             "last_cheap": self.last_cheap,
             "last_full": self.last_full,
         }
@@ -63,7 +65,7 @@ class ProbeMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
         self.top, self.bottom, self.anchor = state["top"], state["bottom"], state["anchor"]
-        self.spent = state["spent"]
+        self.spent, self.whole = state["spent"], state["whole"]
         self.last_cheap, self.last_full = state["last_cheap"], state["last_full"]
 
 
@@ -148,12 +150,13 @@ class LanczosProbe:
         late = (step - memory.last_cheap) * self.overhead >= 2 * cheap_cost  # half of the budget
         return "cheap" if (early or late) and memory.spent + cheap_cost <= allowance else None
 
-    def costs(self, objective: Objective, num_layers: int) -> tuple[float, float]:
+    def costs(self, objective: Objective, memory: ProbeMemory, layers: bool) -> tuple[float, float]:
         """Gradient-equivalents of a cheap and of a full reading, before they are taken."""
-        f = 1.0 if self.every is not None else self._fraction(objective)
-        layers = self._layer_fraction(objective) * (GRADIENT + 4 * PER_LAYER_STEP) if num_layers else 0.0
+        f = 1.0 if self.every is not None else self._piece(objective, memory, self.fraction)[1]
+        few = min(1.0, LAYER_SAMPLES / (objective.batch_size or LAYER_SAMPLES))
+        of_layers = few * (GRADIENT + 4 * PER_LAYER_STEP) if layers else 0.0
         cheap = f * (GRADIENT + 4 * PRODUCT)
-        return cheap, f * (GRADIENT + 2 * self.num_steps * PRODUCT) + layers + GRADIENT
+        return cheap, f * (GRADIENT + (2 * self.num_steps + 1) * PRODUCT) + of_layers + GRADIENT
 
     def measure(
         self,
@@ -173,11 +176,8 @@ class LanczosProbe:
         """
         began = time.perf_counter()
         notes: list[str] = []
-        target, fraction = objective, 1.0
-        if not whole and self.every is None:
-            cut = objective.part(self.fraction)
-            if cut is not None:
-                target, fraction = cut
+        whole = whole or self.every is not None
+        target, fraction = (objective, 1.0) if whole else self._piece(objective, memory, self.fraction)
         draft = Reading(
             step=step, loss=math.nan, grad_norm=math.nan, kind=kind, batch_size=target.batch_size, fraction=fraction
         )
@@ -187,6 +187,13 @@ class LanczosProbe:
             draft, cost = self._curvature(target, m, memory, draft, fraction, notes)
         except FloatingPointError as error:
             notes.append(f"curvature: {error}")
+        except Exception as error:
+            if target is objective:
+                raise
+            memory.whole = True  # a cut input was not what the model expects: position ids, an adjacency matrix
+            reading = self.measure(objective, base, model, memory, step, kind, layers=layers)
+            note = f"fraction: the batch cannot be cut ({str(error).partition(chr(10))[0]}), it is measured whole"
+            return replace(reading, notes=(note, *reading.notes))
         measured: tuple[LayerReading, ...] = ()
         if layers if layers is not None else kind == "full":
             measured, spent = self._layers(objective, model, memory, notes)
@@ -306,8 +313,8 @@ class LanczosProbe:
         if model is None:
             notes.append("layers: no model was given")
             return (), 0.0
-        few = objective.part(LAYER_SAMPLES / (objective.batch_size or LAYER_SAMPLES), least=LAYER_SAMPLES)
-        target, fraction = few if few is not None else (objective, 1.0)
+        share = LAYER_SAMPLES / (objective.batch_size or LAYER_SAMPLES)
+        target, fraction = self._piece(objective, memory, share, least=LAYER_SAMPLES)
         try:
             with target.replay() as evaluate:
                 measured = measure_layers(model, evaluate, memory.generator)
@@ -333,19 +340,17 @@ class LanczosProbe:
         v = torch.randn(like.numel(), generator=memory.generator, dtype=torch.float32)
         return v.to(device=like.device, dtype=like.dtype)
 
-    def _fraction(self, objective: Objective) -> float:
-        cut = objective.part(self.fraction)
-        return 1.0 if cut is None else cut[1]
-
-    def _layer_fraction(self, objective: Objective) -> float:
-        size = objective.batch_size
-        return 1.0 if size is None else min(1.0, LAYER_SAMPLES / size)
+    @staticmethod
+    def _piece(objective: Objective, memory: ProbeMemory, fraction: float, least: int = 16) -> tuple[Objective, float]:
+        """The first samples of the batch and their true share, or the whole where it cannot be cut."""
+        cut = None if memory.whole else objective.part(fraction, least)
+        return (objective, 1.0) if cut is None else cut
 
 
 def _overshoot(m: Metric, g: Tensor, Am: Tensor) -> float | None:
-    """(d'Hd / 2) / |g'd| for the coming step d = -root * momentum; None when d does not descend on these samples."""
+    """(d'Hd / 2) / |g'd| for the coming step d = -root * momentum; None when d does not descend here, or curves down."""
     descent, curvature = torch.stack([torch.dot(g, m.root * m.momentum), torch.dot(m.momentum, Am)]).cpu().tolist()
-    return max(curvature, 0.0) / (2 * descent) if descent > 0 else None
+    return curvature / (2 * descent) if descent > 0 and curvature > 0 else None
 
 
 def _number(x: float) -> float | None:

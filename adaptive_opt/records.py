@@ -42,9 +42,7 @@ class Reading:
     # what the base optimizer feels
     stability: float | None = None  # lr * lambda_max(P^1/2 H P^1/2) / limit: 1 is the edge of stability
     stability_error: float | None = None
-    overshoot: float | None = (
-        None  # (d'Hd / 2) / |g'd| of the coming step d: above 1 it raises the quadratic model's loss
-    )
+    overshoot: float | None = None  # (d'Hd / 2) / |g'd| of the coming step d: above 1 it steps over the valley
     sharpness_score: float | None = None  # 0..100 = 100 * min(1, stability)
     # the whole spectrum
     trace: float | None = None
@@ -115,7 +113,7 @@ class Trend:
     finite: bool = True
     spike: bool = False  # loss and gradient norm both jumped
     stalled: bool = False  # no progress over the stall window
-    rising: bool = False  # loss well above its running median
+    rising: bool = False  # loss well above its running median, or after ten steps no lower than at the start
     lost: float = 0.0  # share of all progress that is gone again: 0 at the best level so far, 1 at the start's
 
 

@@ -12,6 +12,7 @@ WINDOW = 200  # good steps that "what this run has shown" looks back on
 LEARNED = 5  # good steps before anything can stand out
 JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window; measured: docs/evidence.md, "broken steps"
 RISE = 1.5  # times the running median, by the median of the last five
+GAIN = 0.1  # of the first loss: less gain than that after ten steps counts as none
 STALL = 40  # observed losses over which progress is judged
 STALL_GAIN, STALL_NOISE = 0.01, 0.1  # relative to the loss: less gain than that, and quieter than that
 
@@ -67,7 +68,9 @@ class Signals:
     def _rising(self, loss: float) -> bool:
         if len(self.losses) < 10:  # the first steps: against the start
             return bool(self.losses) and loss > RISE * abs(self.losses[0])
-        return median([*self.losses[-4:], loss]) > RISE * abs(median(self.losses[-24:-4]))
+        now = median([*self.losses[-4:], loss])
+        no_gain = self.first_loss is not None and now > (1 - GAIN) * abs(self.first_loss)
+        return now > RISE * abs(median(self.losses[-24:-4])) or no_gain
 
     def _stalled(self) -> bool:
         if len(self.losses) < STALL:

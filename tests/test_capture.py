@@ -280,7 +280,50 @@ def test_a_computation_between_model_and_loss_is_refused_by_name(between):
             optimizer.step()
             assert optimizer.report.reading is None
 
-    with pytest.warns(UserWarning, match="neither the model's output nor a view of it; move the computation") as said:
+    with pytest.warns(
+        UserWarning, match="neither the model's output nor a view or cast of it; move the computation"
+    ) as said:
         train()
     assert len(said) == 1
     assert not torch.equal(before, problem.model[0].weight)
+
+
+def test_an_output_cast_to_float32_under_autocast_is_replayed():
+    problem = make("mlp", 3)
+    optimizer = wrap(problem.model, problem.criterion)
+    for x, y in problem.batches:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = problem.model(x)
+        assert out.dtype == torch.bfloat16
+        problem.criterion(out.float(), y).backward()
+        optimizer.step()
+        assert optimizer.report.reading is not None
+
+
+class Positions(nn.Module):
+    """An input beside the batch whose first dimension is the batch's by coincidence, and which must stay whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x, mixing):  # (B, 3), (B, B): a graph's adjacency
+        if mixing.shape[0] != mixing.shape[1]:
+            raise RuntimeError("the mixing matrix is square")
+        return self.linear(mixing @ x)
+
+
+def test_a_batch_that_cannot_be_cut_is_measured_whole_and_trusted():
+    model, criterion = Positions(), nn.CrossEntropyLoss()
+    optimizer = wrap(model, criterion, probe=LanczosProbe(overhead=0.5))
+    notes = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(40, 3), torch.eye(40)), torch.arange(40) % 4).backward()
+        optimizer.step()
+        reading = optimizer.report.reading
+        notes += reading.notes if reading else ()
+        assert reading is None or (reading.fraction, reading.batch_size) == (1.0, 40)
+    assert sum("cannot be cut (the mixing matrix is square)" in note for note in notes) == 1
+    assert optimizer.control.gate.trusted is True

@@ -64,7 +64,9 @@ class Damp:
         self.readings += 1
         weight = 1.0 if self.moved else 0.5
         self.stability += weight * (_log(reading.stability) - self.stability)
-        if reading.overshoot is not None:  # None: this batch saw no descent, which says nothing about the step's length
+        if (
+            reading.overshoot is not None
+        ):  # None: no descent or no upward curvature, which says nothing about the step's length
             self.overshoot += weight * (_log(reading.overshoot) - self.overshoot)
             self.moved = False
         calm = self.overshoot <= 0 and reading.stability <= LET_GO
@@ -103,4 +105,4 @@ def _fraction(base: Optimizer) -> float:
 
 
 def _log(x: float) -> float:
-    return math.log(max(x, 0.3))  # a negative curvature along the step reads 0: one such batch must not set it loose
+    return math.log(max(x, 0.3))  # one flat batch must not set it loose

@@ -302,8 +302,8 @@ class Controller:
         event = Event(self.steps, wanted, why, f"switched from {old} to {wanted}", "pending" if on_trial else "done")
         events.append(event)
         if on_trial:
-            level = self._validation() if wanted == "sam" else trend.usual_loss
-            self.trial = Trial(wanted, event, self.steps + MODE_TRIAL, level, self.signals.losses[-50:], before)
+            until, losses = self.steps + MODE_TRIAL, self.signals.losses[-50:]
+            self.trial = Trial(wanted, event, until, trend.usual_loss, losses, before, self._validation())
 
     def _enter(self, mode: str, ctx: StepContext, as_treatment: bool = False) -> None:
         self.modes[self.mode].exit(ctx)
@@ -338,13 +338,10 @@ class Controller:
         if trial.name == "escape":
             ctx.cost += 2 * FORWARD
             return verify.with_and_without(ctx.objective, trial.before, self.gate.all_params())
-        if trial.name == "sam" and self.validate is not None:
-            kept, result = verify.lower_level(trial.level, [x for x in [self._validation()] if x is not None])
-            return kept, f"validation {result}"
         losses = self.signals.losses if trend.loss is None else [*self.signals.losses, trend.loss]
         since = losses[-(self.steps - trial.event.step) :]
         if trial.name in self.modes:
-            return verify.faster_progress(trial.losses_before, since)
+            return verify.better_mode(trial, since, self._validation())
         return verify.lower_level(trial.level, since)
 
     def _take_back(self, trial: Trial, ctx: StepContext) -> bool:

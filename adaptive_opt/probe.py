@@ -31,7 +31,7 @@ from adaptive_opt.metric import Metric, metric
 from adaptive_opt.objective import Objective
 from adaptive_opt.records import LayerReading, Reading, Trend
 
-# Cost of one part in gradient-equivalents of the samples it runs on (EVIDENCE: an exact product takes 1.4 to 2.2)
+# Cost of one part in gradient-equivalents of the samples it runs on (an exact product takes 1.4 to 2.2: docs/evidence.md)
 FORWARD, GRADIENT, PRODUCT, PER_LAYER_STEP = 0.35, 1.0, 2.2, 1.5
 FINANCED = 500  # steps: the first readings are paid for by the budget of this many steps
 LAYER_SAMPLES = 8
@@ -88,7 +88,7 @@ class LanczosProbe:
     overhead: float | None = None
     num_steps: int = 10
     tol: float | None = None
-    fraction: float = 0.25  # measured: see EVIDENCE in docs/evidence.md, a quarter of the batch is enough for a limit
+    fraction: float = 0.25  # docs/evidence.md: a quarter of the batch is enough for a limit
     delta_tol: float = 0.01
     seed: int = 0
 

@@ -26,9 +26,10 @@ class Trial:
     name: str
     event: Event
     until: int  # step of the verdict
-    level: float | None  # the loss before (for SAM the validation loss)
+    level: float | None  # the loss before
     losses_before: list[float]
     before: Snapshot | None  # the way back
+    validation: float | None = None  # the user's validation loss before a change of mode
 
     def state_dict(self) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k not in ("event", "before")}
@@ -66,6 +67,19 @@ def faster_progress(before: Sequence[float], since: Sequence[float]) -> Verdict:
     worse = end > start and new > 2 * new_error
     words = f"progress {-old:.2e} -> {-new:.2e} of the loss a step, loss {start:.4g} -> {end:.4g}"
     return not (slower or worse), words
+
+
+def better_mode(trial: Trial, since: Sequence[float], validation: float | None) -> Verdict:
+    """A mode stays if it is not slower, and where the user shows a validation loss, only if that did not get worse.
+
+    SAM is slower on the training loss by its nature: the validation loss alone judges it.
+    """
+    kept, result = faster_progress(trial.losses_before, since)
+    if validation is None or trial.validation is None:
+        return kept, result
+    words = f"validation loss {trial.validation:.4g} -> {validation:.4g}"
+    no_worse = validation <= trial.validation
+    return (no_worse, words) if trial.name == "sam" else (kept and no_worse, f"{result}, {words}")
 
 
 @torch.no_grad()

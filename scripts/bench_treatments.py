@@ -1,4 +1,4 @@
-"""python scripts/bench_treatments.py [--seeds K] [--only rates layers canyon saddle healthy] [--out FILE.json]
+"""python scripts/bench_treatments.py [--seeds K] [--only rates layers canyon saddle healthy modes] [--out FILE.json]
 
 What each treatment gains over the bare optimizer, and what it costs where nothing is wrong: the tables of docs/evidence.md.
 """
@@ -22,8 +22,9 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop  # noqa: E402
 from torch.optim.lr_scheduler import CosineAnnealingLR  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from adaptive_opt import AdaptiveOptimizer  # noqa: E402
+from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe  # noqa: E402
 from adaptive_opt.interventions import INTERVENTIONS, Damp  # noqa: E402
+from adaptive_opt.modes import KFAC, SAM, BaseStep, Mode  # noqa: E402
 from experiments.loop import Outcome, train  # noqa: E402
 from experiments.tasks.base import Task  # noqa: E402
 from experiments.tasks.canyon import Canyon  # noqa: E402
@@ -166,7 +167,48 @@ def healthy(seeds: int) -> list[Row]:
     ]
 
 
-SECTIONS = {"rates": rates, "layers": layers, "canyon": canyon, "saddle": saddle, "healthy": healthy}
+def modes(seeds: int) -> list[Row]:
+    """kfac and sam as constant modes beside the base: equal steps, and what their defaults were chosen among."""
+    made: dict[str, Callable[[], Mode]] = {
+        "base": BaseStep,
+        "kfac, beta 0.95": lambda: KFAC(beta=0.95),
+        "kfac (beta 0.99)": KFAC,
+        "sam, rho 0.005": lambda: SAM(rho=0.005),
+        "sam (rho 0.01)": SAM,
+        "sam, rho 0.02": lambda: SAM(rho=0.02),
+    }
+    workloads: dict[str, tuple[Callable[[int], Task], Base]] = {
+        "MLP 4 layers, AdamW 1e-3": (lambda s: Digits(s, steps=600, depth=3), lambda p: AdamW(p, lr=1e-3)),
+        "MLP 4 layers, AdamW 3e-3": (lambda s: Digits(s, steps=600, depth=3), lambda p: AdamW(p, lr=3e-3)),
+        "MLP 13 layers, AdamW": (lambda s: Digits(s, depth=12), lambda p: AdamW(p, lr=1e-3)),
+        "MLP 13 layers, heavy ball": (lambda s: Digits(s, depth=12), lambda p: SGD(p, lr=0.02, momentum=0.9)),
+        "MLP 13 layers, RMSprop": (lambda s: Digits(s, depth=12), lambda p: RMSprop(p, lr=3e-4)),
+        "CNN MNIST, AdamW": (lambda s: MNIST(s, steps=300), lambda p: AdamW(p, lr=1e-3)),
+        "MLP 3 layers, 40 % label noise, AdamW": (
+            lambda s: Digits(s, steps=1500, label_noise=0.4),
+            lambda p: AdamW(p, lr=2e-3),
+        ),
+    }
+    rows = []
+    for workload, (make, base) in workloads.items():
+        for arm, mode in made.items():
+            for seed in range(seeds):
+                task = make(seed)
+                optimizer = AdaptiveOptimizer(
+                    base(task.model.parameters()),
+                    task.model,
+                    loss_fn=task.loss_fn,
+                    probe=LanczosProbe(overhead=0),
+                    policy=ConstantPolicy("base" if arm == "base" else "on"),
+                    modes={"base": BaseStep(), "on": mode()},
+                )
+                torch.manual_seed(seed)
+                outcome = train(task, optimizer, schedule=CosineAnnealingLR(optimizer, task.steps))
+                rows.append(row("modes", workload, arm, seed, outcome))
+    return rows
+
+
+SECTIONS = {"rates": rates, "layers": layers, "canyon": canyon, "saddle": saddle, "healthy": healthy, "modes": modes}
 
 
 def table(rows: list[Row]) -> str:

@@ -1,7 +1,7 @@
 """Bring a drifting layer back: the root-mean-square singular value of its Jacobian to 1, by a factor on its weights.
 
 Not the largest singular value: with every spectral norm at 1 the average one is far below it and the signal of a deep
-net vanishes (EVIDENCE, layer repair).
+net vanishes (docs/evidence.md, "layers").
 """
 
 from __future__ import annotations

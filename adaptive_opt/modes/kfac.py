@@ -41,17 +41,17 @@ class _Factors:
 class KFAC:
     """Gradient-factor preconditioning (L = E[G G'], R = E[G'G]) under the base optimizer's own rule.
 
-    beta: forgetting of the factors. beta2: the base's second-moment forgetting while the mode is on (EVIDENCE: 0.999 in a
-    turning basis ruins it). every: steps between changes of basis. max_dim: a side longer than that is not rotated.
-    damping: relative to the mean of the second moment, SGD only. Parameters with fewer than two dimensions, and embeddings
-    longer than max_dim on that side, take the base's step as it is.
+    beta: forgetting of the factors (measured: docs/evidence.md, "modes"). beta2: the base's second-moment forgetting while
+    the mode is on (0.999 in a turning basis ruins it: docs/evidence.md). every: steps between changes of basis. max_dim: a side
+    longer than that is not rotated. damping: relative to the mean of the second moment, SGD only. Parameters with fewer
+    than two dimensions take the base's step as it is.
     """
 
     name = "kfac"
     needs_replay = False
 
     def __init__(
-        self, beta: float = 0.95, beta2: float = 0.95, every: int = 10, max_dim: int = 1024, damping: float = 1e-8
+        self, beta: float = 0.99, beta2: float = 0.95, every: int = 10, max_dim: int = 1024, damping: float = 1e-8
     ):
         if not 0 < beta < 1 or not 0 < beta2 < 1 or every < 1 or max_dim < 1 or damping < 0:
             raise ValueError(

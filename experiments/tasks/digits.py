@@ -11,10 +11,20 @@ from experiments.tasks.base import Classification
 
 
 class Digits(Classification):
-    """A ReLU MLP; `depth` hidden layers, their weights multiplied by `gain` at the start."""
+    """A ReLU MLP with `depth` hidden layers.
+
+    gain: factor on its weights at the start. label_noise: share of the training labels that are drawn at random.
+    """
 
     def __init__(
-        self, seed: int = 0, batch_size: int = 64, steps: int = 400, width: int = 64, depth: int = 2, gain: float = 1.0
+        self,
+        seed: int = 0,
+        batch_size: int = 64,
+        steps: int = 400,
+        width: int = 64,
+        depth: int = 2,
+        gain: float = 1.0,
+        label_noise: float = 0.0,
     ):
         try:
             from sklearn.datasets import load_digits
@@ -36,4 +46,7 @@ class Digits(Classification):
         y = torch.tensor(data.target)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         x, y = x[order], y[order]
+        g = torch.Generator().manual_seed(seed)
+        wrong = (torch.rand(len(y), generator=g) < label_noise) & (torch.arange(len(y)) < 1400)
+        y[wrong] = torch.randint(0, 10, (int(wrong.sum()),), generator=g)
         super().__init__(model, (x[:1400], y[:1400]), (x[1400:], y[1400:]), batch_size, steps, seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+KEEP_STEPS = 3  # steps (and clearings of the gradients) for which a forward pass waits for its backward
 KEEP_UNUSED = 8  # forward passes without a backward (validation, GAN) that are remembered before the oldest goes
 
 
@@ -81,6 +82,7 @@ class ModelCall:
     output_rows: tuple[int, ...] = ()  # first dimension of each output tensor
     losses: list[LossCall] = field(default_factory=list)
     refusal: str | None = None  # why this call cannot be replayed
+    age: int = 0  # how often the gradients were cleared or stepped on since
 
     @property
     def weighted(self) -> bool:
@@ -97,7 +99,7 @@ class Capture:
         self.loss_fn = loss_fn
         self.modules = [*self.model.modules(), *(loss_fn.modules() if loss_fn is not None else ())]
         self.calls: list[ModelCall] = []
-        self.armed = True  # False: forward passes are not remembered (a replay, or nobody will ask)
+        self.armed = True  # False only for what a copied model took along
         self.problem: str | None = None  # why the latest loss could not be captured
         self.handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -124,8 +126,10 @@ class Capture:
         return [call for call in self.calls if call.weighted or call.refusal]
 
     def forget_used(self) -> None:
-        """Drop what has gone backward: the step is done, or the gradients were cleared."""
-        self.calls = [call for call in self.calls if not (call.weighted or call.refusal)]
+        """Drop what has gone backward: the step is done, or the gradients were cleared. Forgotten passes go soon after."""
+        self.calls = [call for call in self.calls if not (call.weighted or call.refusal) and call.age < KEEP_STEPS]
+        for call in self.calls:
+            call.age += 1
 
     def loss(self) -> Tensor | None:
         """Weighted mean of the losses that went backward, on the device; None without any."""
@@ -134,9 +138,7 @@ class Capture:
             return None
         total = torch.stack([(v * w).sum().float() for v, w in pairs]).sum()
         # absolute values: in a difference of two losses the weights add up to nothing
-        return total / torch.stack([w.abs().sum().float() for _, w in pairs]).sum().clamp_min(
-            torch.finfo(torch.float32).tiny
-        )
+        return total / torch.stack([w.abs().sum().float() for _, w in pairs]).sum().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.listening:
@@ -235,9 +237,7 @@ def _deaf() -> Capture:
     return capture
 
 
-def evaluate(
-    model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall], enter: Callable[[Ambient], Any]
-) -> Tensor:
+def evaluate(model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall], enter: Callable[[Ambient], Any]) -> Tensor:
     """The captured loss again, with a fresh graph: sum over the calls of weight * loss. `enter` sets the ambient state."""
     total: Tensor | None = None
     for call in calls:
@@ -262,9 +262,7 @@ def evaluate(
     return total
 
 
-def subset(
-    calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float
-) -> tuple[list[ModelCall], int, float] | None:
+def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -> tuple[list[ModelCall], int, float] | None:
     """The first samples of the batch as calls of their own: (calls, samples, true fraction), or None if it cannot be cut."""
     keep = max(1, round(fraction * len(calls)))
     scale = len(calls) / keep

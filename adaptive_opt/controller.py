@@ -19,6 +19,7 @@ from adaptive_opt.capture import Ambient, Capture
 from adaptive_opt.diagnosis import diagnose
 from adaptive_opt.gate import Gate
 from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, RunningStatistics, Snapshot
+from adaptive_opt.interventions.base import copied
 from adaptive_opt.modes import Mode, StepContext
 from adaptive_opt.modes.base import overridden
 from adaptive_opt.objective import ReplayError
@@ -30,8 +31,9 @@ from adaptive_opt.verify import Trial
 
 SAMPLE_EVERY = 10  # steps between looks at a loss that nothing else shows (objective= without a closure)
 MODE_TRIAL = 50  # steps that a mode is given to show its gain: as many as it is compared with
+TRUST_MODE, TRUST_READING = 50, 200  # steps after which a mode that replays, or a reading, asks the gate again
 COOL_DOWN = 100  # steps before a treatment that was taken back may be tried again; doubled each time
-PLAIN_STATE = ("steps", "mode", "mode_since", "mode_is_treatment", "treatment_cost", "alarm")
+PLAIN_STATE = ("steps", "mode", "mode_since", "mode_is_treatment", "treatment_cost", "alarm", "last_trust", "said_untreated")
 
 
 class Controller:
@@ -49,6 +51,8 @@ class Controller:
         self.base, self.probe, self.policy, self.validate = base, probe, policy, validate
         self.modes, self.interventions = dict(modes), dict(interventions)
         self.gate = Gate(base)
+        fitting = (name for name, mode in self.modes.items() if mode.refuses(base) is None)
+        self.available = frozenset({*fitting, *self.interventions})
         self.memory = ProbeMemory(torch.Generator().manual_seed(probe.seed))
         self.signals = Signals()
         self.statistics = RunningStatistics()
@@ -61,6 +65,9 @@ class Controller:
         self.kappas: list[float] = []  # the last three effective condition numbers
         self.first_layers: tuple[LayerReading, ...] | None = None
         self.treatment_cost = 0.0  # gradient-equivalents
+        self.said_untreated = False
+        self.last_trust = -TRUST_READING  # step at which the gate was last asked
+        self.broken_in = "base"  # the mode that was on when a snapshot was last restored
         self.alarm = False  # something was just undone: look again as soon as possible
         self.reading: Reading | None = None
 
@@ -73,8 +80,8 @@ class Controller:
     def step(self, closure: Callable[[], Any] | None, ambient: Ambient | None, loss: Any) -> StepReport:
         """Everything that happens between the gradients and the next batch."""
         events: list[Event] = []
-        ctx = self.gate.context(closure, ambient)
-        trend = self._trend(ctx, loss)
+        ctx = self.gate.context(self.modes[self.mode], closure, ambient)
+        trend = self._trend(ctx, loss, events)
         sick = not trend.finite or trend.spike  # this batch proves nothing
         taken_back = not sick and self._verdict(ctx, trend, events)  # then its gradients belong to where we are no more
         reading = None if sick or taken_back else self._measure(ctx, trend, events)
@@ -83,10 +90,11 @@ class Controller:
         decision, instead = None, taken_back
         if not taken_back:
             decision = self.policy.decide(diagnosis, self._history())
+            self._say_untreated(trend, decision, events)
             instead = self._act(decision, trend, reading, ctx, events)
             self._switch(decision, ctx, trend, events)
         if not instead:
-            self._take_step(ctx, trend)
+            self._take_step(ctx, trend, events)
         self.treatment_cost += ctx.cost
         report = StepReport(
             step=self.steps,
@@ -107,12 +115,14 @@ class Controller:
         self.gate.forget()
         return report
 
-    def pass_on(self) -> StepReport:
-        """The step of a wrapper that has nothing to look at and nothing to do: the base's own."""
-        self.base.step()
+    def pass_on(self, count: bool = True) -> StepReport:
+        """The step of a wrapper that has nothing to look at or nothing to change: the mode's own."""
+        self.modes[self.mode].step(self.gate.context(self.modes[self.mode]))
         self.gate.forget()
-        self.steps += 1
-        return StepReport(self.steps - 1, None, None, float(self.base.param_groups[0]["lr"]), 1.0, "base", stepped=True)
+        lr = float(self.base.param_groups[0]["lr"])
+        report = StepReport(self.steps, None, None, lr, self.lr_scale, self.mode, stepped=True)
+        self.steps += count
+        return report
 
     @property
     def passive(self) -> bool:
@@ -125,18 +135,18 @@ class Controller:
         """What the effective learning rate is of the user's."""
         return math.prod(getattr(i, "scale", 1.0) for i in self.interventions.values())
 
-    def _take_step(self, ctx: StepContext, trend: Trend) -> None:
+    def _take_step(self, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
+        ctx.mode = self.modes[self.mode]
+        if ctx.mode.needs_replay and self.steps - self.last_trust >= TRUST_MODE and not self._trust(ctx, events):
+            ctx.objective = None
         allowed = getattr(self.policy, "interventions", ("rollback",))  # baselines pay for no snapshots
         rollback = self.interventions.get("rollback") if "rollback" in allowed else None
         if isinstance(rollback, Rollback):
-            rollback.keep(self.steps, trend, self.base)
-        held = (
-            overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale)
-            if self.lr_scale != 1
-            else nullcontext()
-        )
+            rollback.keep(self.steps, trend, ctx)
+        held = overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale) if self.lr_scale != 1 else nullcontext()
         with held:
-            self.modes[self.mode].step(ctx)
+            ctx.mode.step(ctx)
+        self._failed(ctx, events)
         self.signals.remember(trend)
         if isinstance(rollback, Rollback):
             rollback.good_step()
@@ -144,15 +154,19 @@ class Controller:
 
     # ---- measure ------------------------------------------------------------------------------------------------
 
-    def _trend(self, ctx: StepContext, loss: Any) -> Trend:
+    def _trend(self, ctx: StepContext, loss: Any, events: list[Event]) -> Trend:
         """The free signals, with one synchronisation of the host."""
         grads = [p.grad for p in self.gate.all_params() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
         value = loss if loss is not None else self.gate.loss()
         unseen = value is None and self.gate.given is not None and self.gate.trusted
         if unseen and self.steps % SAMPLE_EVERY == 0 and ctx.objective is not None:
-            value = ctx.objective.loss()
             self.memory.spent += FORWARD
+            try:
+                value = ctx.objective.loss()
+            except Exception as error:
+                ctx.failure = error
+                self._failed(ctx, events)
         if isinstance(value, Tensor):
             value, size = torch.stack([value.detach().reshape(-1)[0].float().to(norm.device), norm.float()]).tolist()
         else:
@@ -163,17 +177,18 @@ class Controller:
         """A reading, if the schedule wants one and the replay can be trusted."""
         if ctx.objective is None:
             return None
-        layers = self.gate.model is not None and self.first_layers != ()
+        layers = self.gate.model is not None and self.first_layers != ()  # () after a reading that found none
         cheap, full = self.probe.costs(ctx.objective, self.memory, layers)
         kind = self.probe.due(trend, self.memory, cheap, full, watchful=self.lr_scale < 1, alarm=self.alarm)
         self.alarm = False
-        if kind is None or ((kind == "full" or self.gate.trusted is None) and not self._trust(ctx, events)):
+        stale = kind == "full" or self.gate.trusted is None or self.steps - self.last_trust >= TRUST_READING
+        if kind is None or (stale and not self._trust(ctx, events)):
             return None
         layers_too = kind == "full" or self.first_layers is None
         try:
-            reading = self.probe.measure(
-                ctx.objective, self.base, self.gate.model, self.memory, self.steps, kind, layers=layers_too
-            )
+            # What is known of the coming step holds where the mode steps by the base's rule in the parameters' own basis.
+            base = self.base if ctx.mode.steps_as_base else None
+            reading = self.probe.measure(ctx.objective, base, self.gate.model, self.memory, self.steps, kind, layers=layers_too)
         except Exception as error:
             self._distrust(error, events)
             return None
@@ -184,6 +199,7 @@ class Controller:
         if ctx.objective is None or self.gate.trusted is False:
             return False
         self.memory.spent += GRADIENT
+        self.last_trust = self.steps
         try:
             return self.gate.passes(ctx)
         except Exception as error:
@@ -192,21 +208,29 @@ class Controller:
 
     def _distrust(self, error: Exception, events: list[Event]) -> None:
         why = self.gate.refuse(error)
-        warnings.warn(
-            f"adaptive_opt measures and treats no longer what needs a replay: {why}", UserWarning, stacklevel=6
-        )
+        warnings.warn(f"adaptive_opt measures and treats no longer what needs a replay: {why}", UserWarning, stacklevel=6)
         events.append(Event(self.steps, "gate", why, "switched off what needs a replay", "done"))
 
     def probe_now(self) -> Reading:
-        """A full reading of the whole present batch, off schedule. Raises ReplayError when there is nothing to replay."""
-        ctx = self.gate.context(None, None)
+        """A full reading of the whole present batch, off schedule and off the budget.
+
+        Raises ReplayError when there is nothing to replay, or when the replay does not reproduce the gradient.
+        """
+        ctx = self.gate.context(self.modes[self.mode])
         if ctx.objective is None:
             raise ReplayError(f"probe_now(): {self.gate.why_not()}")
+        self.gate.passes(ctx)
+        base = self.base if ctx.mode.steps_as_base else None
         self.reading = self._with_notes(
-            self.probe.measure(ctx.objective, self.base, self.gate.model, self.memory, self.steps, "full", whole=True)
+            self.probe.measure(ctx.objective, base, self.gate.model, self.memory, self.steps, "full", whole=True)
         )
-        self.memory.spent += self.reading.cost
         return self.reading
+
+    def _failed(self, ctx: StepContext, events: list[Event]) -> None:
+        """A replay raised in a mode or a treatment, which went on without it: no more replays."""
+        if ctx.failure is not None:
+            self._distrust(ctx.failure, events)
+            ctx.failure, ctx.objective = None, None
 
     def _with_notes(self, reading: Reading) -> Reading:
         left_out = self.gate.unmeasured()
@@ -223,7 +247,7 @@ class Controller:
             self.memory.last_full = self.steps
         if reading.kappa_effective is not None:
             self.kappas = [*self.kappas[-2:], reading.kappa_effective]
-        if reading.layers and self.first_layers is None:
+        if self.first_layers is None:
             self.first_layers = reading.layers
         damp = self.interventions.get("damp")
         if isinstance(damp, Damp) and damp.follow(reading):
@@ -242,33 +266,43 @@ class Controller:
             trial=None if self.trial is None else self.trial.name,
             not_before=dict(self.not_before),
             kappas=tuple(self.kappas),
+            available=self.available,
             can_replay=self.gate.trusted is True,
             can_validate=self.validate is not None,
         )
 
-    def _act(
-        self, decision: Decision, trend: Trend, reading: Reading | None, ctx: StepContext, events: list[Event]
-    ) -> bool:
+    def _say_untreated(self, trend: Trend, decision: Decision, events: list[Event]) -> None:
+        """A step that is not finite and that nobody treats goes through as the base takes it, but not in silence."""
+        if not trend.finite and not decision.interventions and not self.said_untreated:
+            self.said_untreated = True
+            seen = f"loss {trend.loss}, gradient norm {trend.grad_norm}"
+            events.append(Event(self.steps, "none", seen, "stepped all the same: no treatment is allowed for it", "done"))
+
+    def _act(self, decision: Decision, trend: Trend, reading: Reading | None, ctx: StepContext, events: list[Event]) -> bool:
         """The interventions decided on; True when one of them stands in for this step."""
         patient = Patient(ctx, trend, reading, self.memory.bottom, self.gate.model)
         for name, why in zip(decision.interventions, decision.reasons, strict=True):
-            if name not in self.interventions:
-                continue
             applied: Applied | None = self.interventions[name].apply(patient)
+            self._failed(ctx, events)
             if applied is None:
                 if name not in ("damp", "rollback"):  # those two had nothing new to do
                     self._wait(name)
                     events.append(Event(self.steps, name, why, "found nothing that helps", "done"))
                 continue
-            event = Event(self.steps, name, why, applied.done, "pending" if applied.trial else "done")
+            on_trial = applied.trial > 0 and (self.trial is None or name == "rollback")
+            event = Event(self.steps, name, why, applied.done, "pending" if on_trial else "done")
             events.append(event)
-            if applied.trial and (self.trial is None or name == "rollback"):
+            if on_trial:
+                if self.trial is not None:
+                    events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
                 level = trend.usual_loss if trend.usual_loss is not None else trend.loss
-                self.trial = Trial(
-                    name, event, self.steps + applied.trial, level, self.signals.losses[-50:], applied.before
-                )
+                self.trial = Trial(name, event, self.steps + applied.trial, level, self.signals.losses[-50:], applied.before)
+            if applied.back_to is not None:
+                self._restore(applied.back_to)
             if applied.skip:
                 self.statistics.restore(self.gate.model)
+            if applied.forget:
+                self.signals.forget()
             if applied.moved:
                 self._moved(name, ctx, events)
             if applied.skip or applied.moved:
@@ -281,12 +315,21 @@ class Controller:
         if isinstance(damp, Damp):
             damp.moved = True
         if name == "rollback":
-            self.signals.forget()
             self.alarm = True
             if self.mode_is_treatment:
-                events.append(Event(self.steps, self.mode, "the run broke in this mode", "back to base", "reverted"))
-                self._wait(self.mode)
-                self._enter("base", ctx)
+                broken, self.mode_is_treatment = self.broken_in, False
+                events.append(Event(self.steps, broken, "the run broke in this mode", "back to base", "reverted"))
+                self._wait(broken)
+                if self.mode != "base":
+                    self._enter("base", ctx)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Back to a snapshot, and into the mode whose basis its moments are in: leaving that mode is a step of its own."""
+        snapshot.restore(self.base)
+        self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state))
+        self.broken_in = self.mode
+        if self.mode != snapshot.mode:
+            self.mode, self.mode_since = snapshot.mode, self.steps
 
     def _switch(self, decision: Decision, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
         """Into another mode, with a snapshot to come back to when the policy expects something of it."""
@@ -296,7 +339,7 @@ class Controller:
         if self.modes[wanted].needs_replay and not (self.gate.trusted or self._trust(ctx, events)):
             return
         on_trial = decision.expects is not None and wanted != "base"
-        before = Snapshot.take(self.steps, self.base) if on_trial else None
+        before = Snapshot.take(self.steps, ctx) if on_trial else None
         self._enter(wanted, ctx, as_treatment=on_trial)
         why = decision.reason or "the policy says so"
         event = Event(self.steps, wanted, why, f"switched from {old} to {wanted}", "pending" if on_trial else "done")
@@ -318,7 +361,11 @@ class Controller:
         if trial is None or self.steps < trial.until:
             return False
         self.trial = None
-        kept, result = self._judge(trial, trend, ctx)
+        try:
+            kept, result = self._judge(trial, trend, ctx)
+        except Exception as error:
+            self._distrust(error, events)
+            kept, result = True, "no verdict: the batch could not be evaluated again"
         outcome = "kept" if kept else "reverted"
         if not kept and trial.name in ("damp", "rollback"):
             outcome = "done"  # there is nothing better to go back to
@@ -337,7 +384,7 @@ class Controller:
     def _judge(self, trial: Trial, trend: Trend, ctx: StepContext) -> verify.Verdict:
         if trial.name == "escape":
             ctx.cost += 2 * FORWARD
-            return verify.with_and_without(ctx.objective, trial.before, self.gate.all_params())
+            return verify.with_and_without(ctx.objective, trial.before.values(self.base) if trial.before else {})
         losses = self.signals.losses if trend.loss is None else [*self.signals.losses, trend.loss]
         since = losses[-(self.steps - trial.event.step) :]
         if trial.name in self.modes:
@@ -352,7 +399,7 @@ class Controller:
                 return False
         if trial.before is None:
             return False
-        trial.before.restore(self.base)
+        self._restore(trial.before)
         self.statistics.restore(self.gate.model)
         return True
 
@@ -383,6 +430,11 @@ class Controller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint; tensors are put where the parameters are."""
+        if state["mode"] not in self.modes:
+            raise ValueError(
+                f"load_state_dict: the checkpoint was written in mode {state['mode']!r}, which is not among modes="
+                f"{sorted(self.modes)}; its moments may be in that mode's basis, so give the mode again"
+            )
         state = _on(state, self.gate.all_params()[0].device)
         for name in PLAIN_STATE:
             setattr(self, name, state[name])

@@ -40,15 +40,11 @@ def diagnose(
     t = thresholds
     found: list[Finding] = []
     if not trend.finite:
-        found.append(
-            Finding(Condition.NON_FINITE, math.nan, math.nan, f"loss {trend.loss}, gradient norm {trend.grad_norm}")
-        )
+        found.append(Finding(Condition.NON_FINITE, math.nan, math.nan, f"loss {trend.loss}, gradient norm {trend.grad_norm}"))
     elif trend.spike:
         usual = max(trend.usual_grad_norm or 0.0, 1e-30)
         ratio = (trend.grad_norm or 0.0) / usual
-        found.append(
-            Finding(Condition.BROKEN, ratio, 5.0, f"loss {_g(trend.loss)} and a gradient {ratio:.3g} times the usual")
-        )
+        found.append(Finding(Condition.BROKEN, ratio, 5.0, f"loss {_g(trend.loss)} and a gradient {ratio:.3g} times the usual"))
     elif trend.lost > t.lost:
         found.append(Finding(Condition.BROKEN, trend.lost, t.lost, f"{trend.lost:.0%} of all progress is gone again"))
     if reading is not None:
@@ -69,9 +65,7 @@ def _of_reading(
         found.append(Finding(Condition.UNSTABLE, r.stability, t.unstable, sentence))
     if trend.stalled and r.lambda_min is not None and r.epsilon and r.lambda_min < -t.negative * r.epsilon:
         size = -r.lambda_min / r.epsilon
-        sentence = (
-            f"no progress where lambda_min = {r.lambda_min:.3g} ({size:.0%} of epsilon), at least {r.delta} negative"
-        )
+        sentence = f"no progress where lambda_min = {r.lambda_min:.3g} ({size:.0%} of epsilon), at least {r.delta} negative"
         found.append(Finding(Condition.SADDLE, size, t.negative, sentence))
     drift = _drift(r.layers, first, t)
     if drift is not None:
@@ -79,9 +73,7 @@ def _of_reading(
     if len(kappas) >= 3 and median(kappas[-3:]) > t.kappa_effective:
         k = median(kappas[-3:])
         found.append(
-            Finding(
-                Condition.ILL_CONDITIONED, k, t.kappa_effective, f"kappa_effective is {k:.3g}, median of the last three"
-            )
+            Finding(Condition.ILL_CONDITIONED, k, t.kappa_effective, f"kappa_effective is {k:.3g}, median of the last three")
         )
     if r.stability is not None and t.sharp < r.stability <= t.unstable:
         found.append(

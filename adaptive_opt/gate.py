@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt.capture import Ambient, Capture, device_of
-from adaptive_opt.modes import StepContext
+from adaptive_opt.modes import Mode, StepContext
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, Source, agreement
 
 STATE = ("trusted", "distrust", "scaled_loss", "clip_norm")
@@ -36,12 +36,12 @@ class Gate:
 
     # ---- the batch ------------------------------------------------------------------------------------------------
 
-    def context(self, closure: Callable[[], Any] | None, ambient: Ambient | None) -> StepContext:
+    def context(self, mode: Mode, closure: Callable[[], Any] | None = None, ambient: Ambient | None = None) -> StepContext:
         """What modes and interventions may use in this step; without an objective once the gate has refused."""
         chosen = self._measurable()
         params = [p for _, p in chosen]
         objective = self._objective(closure, ambient, params) if self.trusted is not False and params else None
-        return StepContext(self.base, params, [i for i, _ in chosen], objective)
+        return StepContext(self.base, params, [i for i, _ in chosen], objective, mode)
 
     def loss(self) -> Tensor | None:
         """The captured loss of this step, on the device."""
@@ -54,9 +54,7 @@ class Gate:
             if self.given is not None or self.capture.problem:
                 self.capture.calls.clear()
 
-    def _objective(
-        self, closure: Callable[[], Any] | None, ambient: Ambient | None, params: list[Tensor]
-    ) -> Objective | None:
+    def _objective(self, closure: Callable[[], Any] | None, ambient: Ambient | None, params: list[Tensor]) -> Objective | None:
         calls = self.capture.step_calls() if self.capture is not None else []
         modules = self.capture.modules if self.capture is not None else []
         source: Source
@@ -69,7 +67,7 @@ class Gate:
             source = Closure(closure, modules, ambient)
         else:
             return None
-        objective = Objective(source, params, self.capture)
+        objective = Objective(source, params, self.capture, self.all_params())
         objective.clip_norm = self.clip_norm
         objective.loss_scale = self._loss_scale()
         return objective

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adaptive_opt.curvature import flatten
+from adaptive_opt.family import ADAM, family
 
-ADAM = ("Adam", "AdamW", "NAdam", "RAdam")
 Group = dict[str, Any]
 
 
@@ -62,14 +62,14 @@ Rule = Callable[[Group, dict[str, Any], Tensor], tuple[Tensor, Tensor]]
 
 
 def _rule(base: Optimizer, group: Group) -> Rule | None:
-    name = type(base).__name__
+    name = family(base)
     if name == "SGD":
         return _sgd
-    return {"RAdam": _radam, "RMSprop": _rmsprop, "Adagrad": _adagrad}.get(name, _adam if name in ADAM else None)
+    return {"RAdam": _radam, "RMSprop": _rmsprop, "Adagrad": _adagrad}.get(name or "", _adam if name in ADAM else None)
 
 
 def _limit(base: Optimizer, group: Group) -> float:
-    if type(base).__name__ in ADAM:
+    if family(base) in ADAM:
         beta1 = float(group["betas"][0])
         return 2 * (1 + beta1) / (1 - beta1)
     beta = float(group.get("momentum", 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -91,8 +91,15 @@ class Objective:
     norm that the user's clipping let through when it was last compared (None: nothing was clipped).
     """
 
-    def __init__(self, source: Source, params: Sequence[Tensor], capture: Capture | None = None):
+    def __init__(
+        self,
+        source: Source,
+        params: Sequence[Tensor],
+        capture: Capture | None = None,
+        bystanders: Sequence[Tensor] = (),
+    ):
         self.source = source
+        self.bystanders = bystanders  # other parameters whose gradients a closure may clear
         self.params = list(params)
         self.capture = capture
         self.loss_scale = 1.0
@@ -114,15 +121,21 @@ class Objective:
         if cut is None:
             return None
         calls, _, true_fraction = cut
-        smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.capture)
+        smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.capture, self.bystanders)
         smaller.loss_scale = self.loss_scale
         return smaller, true_fraction
+
+    def seen_loss(self) -> float | None:
+        """The loss as the user's own forward pass gave it, without a replay; None where no hook saw it."""
+        calls = getattr(self.source, "calls", None) or ()
+        parts = [(r.value * r.weight).sum().float() for c in calls for r in c.losses if r.weight is not None]
+        return float(torch.stack(parts).sum()) / self.loss_scale if parts else None
 
     @contextmanager
     def replay(self) -> Iterator[Callable[[], Tensor]]:
         """Inside, call the yielded function for the loss with a fresh graph, as often as needed; outside, no trace."""
         with ExitStack() as stack:
-            stack.enter_context(_put_back(self.params, self.source.modules))
+            stack.enter_context(_put_back([*self.params, *self.bystanders], self.source.modules))
             stack.enter_context(_unheard())
             stack.enter_context(torch.enable_grad())
             # the fused kernels have no second derivative on the CPU; a replay uses the one that has
@@ -132,9 +145,21 @@ class Objective:
             yield self._evaluate
 
     def loss(self) -> float:
-        """The loss at the parameters' present values, forward only."""
-        with self.replay() as evaluate, torch.no_grad():
-            return float(evaluate())
+        """The loss at the parameters' present values; no backward of ours (a PINN's loss may need its own)."""
+        with self.replay() as evaluate:
+            return float(evaluate().detach())
+
+    @torch.no_grad()
+    def loss_with(self, values: Mapping[int, Tensor]) -> float:
+        """The loss with other values of the parameters, by id(p); those that are missing stay. Put back bit for bit."""
+        here = [p.detach().clone() for p in self.params]
+        try:
+            for p in self.params:
+                p.copy_(values.get(id(p), p))
+            return self.loss()
+        finally:
+            for p, h in zip(self.params, here, strict=True):
+                p.copy_(h)
 
     def gradient(self) -> list[Tensor]:
         """The gradient at the parameters' present values, one tensor a parameter (zeros where the loss does not reach)."""
@@ -168,7 +193,8 @@ def _put_back(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterato
     """RNG, `.grad`, modes and buffers as they were, whatever happens inside. Modules met on the way are covered too."""
     device = params[0].device
     rng = cap.rng_state(device)
-    grads = [p.grad for p in params]
+    known = {id(p): p for p in (*params, *(p for m in modules for p in m.parameters(recurse=False)))}
+    grads = [(p, p.grad) for p in known.values()]
     modes = [(m, m.training) for m in modules]
     lent: dict[nn.Module, dict[str, Tensor | None]] = {}
 
@@ -178,7 +204,7 @@ def _put_back(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterato
             lent[module] = dict(module._buffers)
             module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
 
-    for p in params:
+    for p in known.values():
         p.grad = None  # a closure's zero_grad and clipping find nothing to touch
     for module in modules:
         lend(module)
@@ -191,7 +217,7 @@ def _put_back(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterato
             module._buffers.update(buffers)
         for module, mode in modes:
             module.training = mode
-        for p, g in zip(params, grads, strict=True):
+        for p, g in grads:
             p.grad = g
         cap.set_rng_state(rng)
 

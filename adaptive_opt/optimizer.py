@@ -55,17 +55,13 @@ class AdaptiveOptimizer(Optimizer):
     ):
         policy = RulePolicy() if policy is None else policy
         modes = {name: make() for name, make in MODES.items()} if modes is None else dict(modes)
-        interventions = (
-            {name: make() for name, make in INTERVENTIONS.items()} if interventions is None else dict(interventions)
-        )
-        _check(base, model, loss_fn, objective, policy, modes, step_size)
+        interventions = {name: make() for name, make in INTERVENTIONS.items()} if interventions is None else dict(interventions)
+        _check(base, model, loss_fn, objective, policy, modes, interventions, step_size)
         self._link(base)
         super().__init__([{"params": base.param_groups[0]["params"]}], base.defaults)
         self._link(base)  # __init__ made groups of its own
         self.sinks: list[Sink] = list(sinks)
-        self.control = Controller(
-            base, LanczosProbe() if probe is None else probe, policy, modes, interventions, validate
-        )
+        self.control = Controller(base, LanczosProbe() if probe is None else probe, policy, modes, interventions, validate)
         self._beginning = self.control.state_dict()
         self._said: set[str] = set()
         self._report: StepReport | None = None
@@ -105,8 +101,8 @@ class AdaptiveOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if all(float(group["lr"]) == 0 for group in self.param_groups):
-            self.base.step()  # nothing can change: checkpoint helpers call step() so to create the state
-            self.control.gate.forget()
+            # nothing can change: checkpoint helpers call step() so to create the state
+            self._report = self.control.pass_on(count=False)
             return loss
         if self.control.passive and not self.sinks:
             self._report = self.control.pass_on()
@@ -224,7 +220,14 @@ class AdaptiveOptimizer(Optimizer):
 
 
 def _check(
-    base: Any, model: Any, loss_fn: Any, objective: Any, policy: Any, modes: Mapping[str, Any], step_size: Any
+    base: Any,
+    model: Any,
+    loss_fn: Any,
+    objective: Any,
+    policy: Any,
+    modes: Mapping[str, Any],
+    interventions: Mapping[str, Any],
+    step_size: Any,
 ) -> None:
     """Arguments that cannot work, refused before anything is touched."""
     if isinstance(base, type) or not isinstance(base, Optimizer):
@@ -235,9 +238,7 @@ def _check(
     if isinstance(base, AdaptiveOptimizer):
         raise TypeError("AdaptiveOptimizer(base=AdaptiveOptimizer(...)): the base is wrapped already")
     if type(base).__name__ == "LBFGS":
-        raise ValueError(
-            "AdaptiveOptimizer(base=LBFGS(...)): it calls its closure many times a step and has no step to switch"
-        )
+        raise ValueError("AdaptiveOptimizer(base=LBFGS(...)): it calls its closure many times a step and has no step to switch")
     if not any(group["params"] for group in base.param_groups):
         raise ValueError("AdaptiveOptimizer(base): the base optimizer has no parameters")
     if not hasattr(policy, "decide"):
@@ -248,11 +249,14 @@ def _check(
         raise ValueError(
             f"AdaptiveOptimizer(modes={sorted(modes)}): 'base' must be among them, it is where every switch returns"
         )
+    missing = set(getattr(policy, "interventions", ())) - set(interventions)
+    if missing:
+        raise ValueError(f"AdaptiveOptimizer(policy={policy!r}): {sorted(missing)} is not one of {sorted(interventions)}")
     wanted = getattr(policy, "mode", "base")
     if wanted not in modes:
-        raise ValueError(
-            f"AdaptiveOptimizer(policy={policy!r}): mode {wanted!r} is not one of {', '.join(map(repr, modes))}"
-        )
+        raise ValueError(f"AdaptiveOptimizer(policy={policy!r}): mode {wanted!r} is not one of {', '.join(map(repr, modes))}")
+    if (why := modes[wanted].refuses(base)) is not None:
+        raise ValueError(f"AdaptiveOptimizer(base={type(base).__name__}(...), policy={policy!r}): {why}")
     if step_size != "user":
         raise ValueError(f"AdaptiveOptimizer(step_size={step_size!r}): 'user' is the only one so far")
     _check_sources(base, model, loss_fn, objective)
@@ -268,13 +272,9 @@ def _check_sources(base: Optimizer, model: Any, loss_fn: Any, objective: Any) ->
             "(for example criterion = torch.nn.CrossEntropyLoss()), or objective=, or step(closure)"
         )
     if loss_fn is not None and model is None:
-        raise ValueError(
-            "AdaptiveOptimizer(loss_fn=..., model=None): the model is needed too, its input is what is replayed"
-        )
+        raise ValueError("AdaptiveOptimizer(loss_fn=..., model=None): the model is needed too, its input is what is replayed")
     if objective is not None and not callable(objective):
-        raise TypeError(
-            f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor"
-        )
+        raise TypeError(f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor")
     if model is not None:
         inside = {id(p) for m in (model, loss_fn) if m is not None for p in m.parameters()}
         params = _params(base.param_groups)

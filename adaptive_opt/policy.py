@@ -66,6 +66,8 @@ class RulePolicy:
         return Decision(mode, tuple(name for name, _ in chosen), tuple(why for _, why in chosen), reason, expects)
 
     def _allowed(self, rule: Rule, history: History) -> bool:
+        if history.available is not None and rule.treatment not in history.available:
+            return False
         if rule.needs == "replay" and not history.can_replay:
             return False
         if rule.needs == "validate" and not (history.can_validate and history.can_replay):

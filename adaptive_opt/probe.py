@@ -100,13 +100,9 @@ class LanczosProbe:
         if self.every is not None and (not isinstance(self.every, int) or self.every < 1):
             raise ValueError(f"LanczosProbe(every={self.every!r}): a whole number of steps, 1 or more")
         if self.overhead is not None and not 0 <= self.overhead <= 10:
-            raise ValueError(
-                f"LanczosProbe(overhead={self.overhead!r}): a share of the training work, for example 0.05"
-            )
+            raise ValueError(f"LanczosProbe(overhead={self.overhead!r}): a share of the training work, for example 0.05")
         if self.num_steps < 3:
-            raise ValueError(
-                f"LanczosProbe(num_steps={self.num_steps}): three steps at least, or no bound means anything"
-            )
+            raise ValueError(f"LanczosProbe(num_steps={self.num_steps}): three steps at least, or no bound means anything")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"LanczosProbe(fraction={self.fraction}): a share of the batch in (0, 1]")
 
@@ -194,15 +190,20 @@ class LanczosProbe:
             reading = self.measure(objective, base, model, memory, step, kind, layers=layers)
             note = f"fraction: the batch cannot be cut ({str(error).partition(chr(10))[0]}), it is measured whole"
             return replace(reading, notes=(note, *reading.notes))
+        seen = objective.seen_loss() if target is not objective and memory.last_cheap < 0 else None
+        if seen is not None and 0 < draft.loss < seen * math.sqrt(fraction):
+            # A mean over fewer samples is about the same, a sum is smaller: then fewer samples are no sample of it.
+            memory.whole = True
+            reading = self.measure(objective, base, model, memory, step, kind, layers=layers)
+            note = f"fraction: a part of the batch has the loss {draft.loss:.3g} of {seen:.3g}, it is measured whole"
+            return replace(reading, cost=reading.cost + cost, notes=(note, *reading.notes))
         measured: tuple[LayerReading, ...] = ()
         if layers if layers is not None else kind == "full":
             measured, spent = self._layers(objective, model, memory, notes)
             cost += spent
         return replace(draft, layers=measured, cost=cost, seconds=time.perf_counter() - began, notes=tuple(notes))
 
-    def _metric(
-        self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, notes: list[str]
-    ) -> Metric | None:
+    def _metric(self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, notes: list[str]) -> Metric | None:
         m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None})
         if m is not None and m.root.numel() == sum(p.numel() for p in params):
             if m.averaged is m.momentum and not m.averages:  # what the steps since the last reading add up to
@@ -211,7 +212,11 @@ class LanczosProbe:
                     m = replace(m, averaged=(memory.anchor - here) / m.root.clamp_min(torch.finfo(here.dtype).tiny))
                 memory.anchor = here
             return m
-        unknown = "no optimizer was given" if base is None else f"the coming step of {type(base).__name__} is not known"
+        unknown = (
+            "the coming step is not an optimizer's own"
+            if base is None
+            else f"the coming step of {type(base).__name__} is not known"
+        )
         notes.append(f"stability, kappa_effective: {unknown}")
         return None
 
@@ -229,9 +234,7 @@ class LanczosProbe:
             try:
                 return self._spectra(Hessian(loss, target.params), loss, m, memory, draft, fraction)
             except RuntimeError as error:  # torch's word for: no second derivative here, or no memory for its graph
-                notes.append(
-                    f"backend: finite differences, because an exact product failed ({str(error).splitlines()[0]})"
-                )
+                notes.append(f"backend: finite differences, because an exact product failed ({str(error).splitlines()[0]})")
             operator = FiniteDifferenceHessian(lambda: flatten(target.gradient()), target.params)
             return self._spectra(operator, loss, m, memory, draft, fraction)
 

@@ -173,5 +173,6 @@ class History:
     trial: str | None = None  # what is on trial now
     not_before: dict[str, int] = field(default_factory=dict)  # treatment -> first step at which it may be tried (again)
     kappas: tuple[float, ...] = ()  # the last few kappa_effective, oldest first
+    available: frozenset[str] | None = None  # modes and interventions that are there and fit the base; None: all
     can_replay: bool = False
     can_validate: bool = False

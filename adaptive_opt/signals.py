@@ -63,29 +63,36 @@ class Signals:
     def _spike(self, loss: float | None, grad_norm: float | None) -> bool:
         if grad_norm is None or len(self.norms) < LEARNED or grad_norm <= JUMP_GRAD * max(self.norms):
             return False
-        return loss is None or len(self.losses) < LEARNED or loss > JUMP_LOSS * max(map(abs, self.losses))
+        if loss is None or len(self.losses) < LEARNED:
+            return True
+        most = max(self.losses)
+        return loss > most + (JUMP_LOSS - 1) * _size(self.losses, most)
 
     def _rising(self, loss: float) -> bool:
-        if len(self.losses) < 10:  # the first steps: against the start
-            return bool(self.losses) and loss > RISE * abs(self.losses[0])
-        now = median([*self.losses[-4:], loss])
-        no_gain = self.first_loss is not None and now > (1 - GAIN) * abs(self.first_loss)
-        return now > RISE * abs(median(self.losses[-24:-4])) or no_gain
+        if not self.losses:
+            return False
+        start = self.losses[0]
+        if len(self.losses) < 10 or self.first_loss is None:  # the first steps: against the start
+            return loss > start + (RISE - 1) * _size(self.losses, start)
+        now, before = median([*self.losses[-4:], loss]), self.losses[-24:-4]
+        level = median(before)
+        no_gain = self.first_loss - now < GAIN * _size(self.losses, self.first_loss)
+        return now > level + (RISE - 1) * _size(before, level) or no_gain
 
     def _stalled(self) -> bool:
         if len(self.losses) < STALL:
             return False
         recent = self.losses[-STALL:]
         old, new = fmean(recent[: STALL // 2]), fmean(recent[STALL // 2 :])
-        size = abs(fmean(recent))
-        return old - new < STALL_GAIN * size and pstdev(recent) < STALL_NOISE * size
+        size = _size(recent, fmean(recent))
+        return old - new <= STALL_GAIN * size and pstdev(recent) <= STALL_NOISE * size
 
     def _lost(self) -> float:
         """Share of all progress that is gone again: 0 at the best level, 1 at the level of the start."""
         if self.first_loss is None or self.best_loss is None or len(self.losses) < 20:
             return 0.0
         gained = self.first_loss - self.best_loss
-        if gained <= 0.2 * abs(self.first_loss):
+        if gained <= 0.2 * _size([self.first_loss, self.best_loss], self.first_loss):
             return 0.0
         return (median(self.losses[-20:]) - self.best_loss) / gained
 
@@ -94,3 +101,11 @@ class Signals:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})
+
+
+def _size(losses: list[float], level: float) -> float:
+    """What a change of the loss is measured against: its level while it is positive (cross-entropy, squares, ...).
+
+    A loss that goes below zero has no level of its own; the spread of what was seen takes its place.
+    """
+    return level if min(losses) > 0 else max(losses) - min(losses)

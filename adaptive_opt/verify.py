@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from scipy.stats import linregress
 from torch import Tensor
 
@@ -42,9 +41,7 @@ class Trial:
     @classmethod
     def from_state_dict(cls, d: dict[str, Any] | None) -> Trial | None:
         return (
-            None
-            if d is None
-            else cls(**{**d, "event": Event(**d["event"]), "before": Snapshot.from_state_dict(d["before"])})
+            None if d is None else cls(**{**d, "event": Event(**d["event"]), "before": Snapshot.from_state_dict(d["before"])})
         )
 
 
@@ -82,21 +79,11 @@ def better_mode(trial: Trial, since: Sequence[float], validation: float | None) 
     return (no_worse, words) if trial.name == "sam" else (kept and no_worse, f"{result}, {words}")
 
 
-@torch.no_grad()
-def with_and_without(objective: Objective | None, before: Snapshot | None, params: Sequence[Tensor]) -> Verdict:
-    """The next batch's loss where the treatment led, and where all parameters (`params`) were before it."""
-    if objective is None or before is None:
+def with_and_without(objective: Objective | None, values_before: Mapping[int, Tensor]) -> Verdict:
+    """The next batch's loss where the treatment led, and with the parameters as they were before it (by id)."""
+    if objective is None:
         return True, "no batch to compare on"
-    with_it = objective.loss()
-    old = dict(zip(map(id, params), before.params, strict=True))
-    here = [p.detach().clone() for p in objective.params]
-    try:
-        for p in objective.params:
-            p.copy_(old[id(p)])
-        without = objective.loss()
-    finally:
-        for p, h in zip(objective.params, here, strict=True):
-            p.copy_(h)
+    with_it, without = objective.loss(), objective.loss_with(values_before)
     return with_it < without, f"next batch's loss {without:.6g} without, {with_it:.6g} with it"
 
 

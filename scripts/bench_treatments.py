@@ -142,9 +142,7 @@ def saddle(seeds: int) -> list[Row]:
     """Final loss from a start exactly on the ridge: escape."""
     bases = {"SGD": lambda p: SGD(p, lr=0.1), "AdamW": lambda p: AdamW(p, lr=1e-2)}
     return [
-        row(
-            "saddle", f"two-layer linear net at the origin, {name}", arm, seed, measured(Saddle(seed), base, arm, False)
-        )
+        row("saddle", f"two-layer linear net at the origin, {name}", arm, seed, measured(Saddle(seed), base, arm, False))
         for name, base in bases.items()
         for arm in ("bare", "wrapped")
         for seed in range(seeds)

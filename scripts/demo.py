@@ -80,12 +80,8 @@ def _losses(ax: Axes, case: str, results: dict[tuple[str, str], list[Outcome]]) 
     for arm in ("bare", "wrapped"):
         out = results[case, arm][0]
         smooth = [statistics.median(out.losses[max(0, i - 14) : i + 1]) for i in range(len(out.losses))]
-        style = (
-            {"bare": "-", "wrapped": (0, (4, 2))}[arm] if case == "healthy" else "-"
-        )  # there the two are the same line
-        ax.plot(
-            smooth, color=COLOURS[arm], ls=style, label=f"{arm}: {out.metrics['test_accuracy']:.1f} % test accuracy"
-        )
+        style = {"bare": "-", "wrapped": (0, (4, 2))}[arm] if case == "healthy" else "-"  # there the two are the same line
+        ax.plot(smooth, color=COLOURS[arm], ls=style, label=f"{arm}: {out.metrics['test_accuracy']:.1f} % test accuracy")
         broke = next((i for i, x in enumerate(out.losses) if x != x), None) if arm == "bare" else None
         if broke is not None:
             ax.plot(broke, smooth[broke - 1], "x", color=COLOURS[arm], ms=9, mew=2, label="NaN from here on")
@@ -119,9 +115,7 @@ def main() -> None:
     if args.seeds < 1 or args.steps < 20:
         parser.error(f"--seeds {args.seeds} --steps {args.steps}: at least 1 seed and 20 steps")
     args.out.mkdir(parents=True, exist_ok=True)
-    print(
-        "5000 real MNIST images, a small CNN; both optimizers start from the same weights and see the same batches.\n"
-    )
+    print("5000 real MNIST images, a small CNN; both optimizers start from the same weights and see the same batches.\n")
     results: dict[tuple[str, str], list[Outcome]] = {}
     for case in CASES:
         for arm in ("bare", "wrapped"):

@@ -16,9 +16,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def dense_hessian(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
     """(n, n), row by row with autograd.grad: torch.func.hessian is silently wrong through LayerNorm and BatchNorm."""
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-    g = torch.cat(
-        [torch.zeros_like(p).flatten() if d is None else d.flatten() for d, p in zip(grads, params, strict=True)]
-    )
+    g = torch.cat([torch.zeros_like(p).flatten() if d is None else d.flatten() for d, p in zip(grads, params, strict=True)])
     return dense_jacobian(g, params)
 
 
@@ -31,9 +29,7 @@ def dense_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         else:
             row = [None] * len(inputs)
         rows.append(
-            torch.cat(
-                [torch.zeros_like(p).flatten() if r is None else r.flatten() for r, p in zip(row, inputs, strict=True)]
-            )
+            torch.cat([torch.zeros_like(p).flatten() if r is None else r.flatten() for r, p in zip(row, inputs, strict=True)])
         )
     return torch.stack(rows).detach()
 

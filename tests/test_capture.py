@@ -81,9 +81,7 @@ def test_a_part_is_the_loss_on_the_first_samples(view):
     rows = slice(0, 3)
     want = {
         "squeeze": lambda: criterion(model(X[rows, :1]).squeeze(1), LABELS[rows, 0]),
-        "kwargs": lambda: criterion(
-            model(X[rows], gain=2.0, more={"shift": X[rows]}).view(-1, 4), LABELS[rows].view(-1)
-        ),
+        "kwargs": lambda: criterion(model(X[rows], gain=2.0, more={"shift": X[rows]}).view(-1, 4), LABELS[rows].view(-1)),
     }.get(view, lambda: criterion(model(X[rows]).view(-1, 4), LABELS[rows].view(-1)))
     assert part.loss() == pytest.approx(want().item(), rel=1e-6)
 
@@ -280,9 +278,7 @@ def test_a_computation_between_model_and_loss_is_refused_by_name(between):
             optimizer.step()
             assert optimizer.report.reading is None
 
-    with pytest.warns(
-        UserWarning, match="neither the model's output nor a view or cast of it; move the computation"
-    ) as said:
+    with pytest.warns(UserWarning, match="neither the model's output nor a view or cast of it; move the computation") as said:
         train()
     assert len(said) == 1
     assert not torch.equal(before, problem.model[0].weight)

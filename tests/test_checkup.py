@@ -157,9 +157,7 @@ def test_it_works_inside_no_grad_and_gives_the_same_reading_twice():
     assert (one.stability, one.kappa_effective, one.overshoot) == (None,) * 3
 
 
-@pytest.mark.parametrize(
-    "data", [[], (torch.zeros(0, 5).double(), torch.zeros(0).long())], ids=["no batch", "no sample"]
-)
+@pytest.mark.parametrize("data", [[], (torch.zeros(0, 5).double(), torch.zeros(0).long())], ids=["no batch", "no sample"])
 def test_empty_data_is_refused(data):
     with pytest.raises(ValueError, match="the data is empty"):
         checkup(Net("mlp").model, nn.CrossEntropyLoss(), data)

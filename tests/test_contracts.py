@@ -49,9 +49,7 @@ def assert_equal(a, b):
 SITUATIONS = {
     "base": lambda: Run(),
     "rules": lambda: Run("sgd", probe=LanczosProbe(overhead=1.0, num_steps=3)),
-    "damped": lambda: Run(
-        "sgd", ConstantPolicy("base", ("damp", "rollback")), LanczosProbe(every=1, num_steps=3), lr=4.0
-    ),
+    "damped": lambda: Run("sgd", ConstantPolicy("base", ("damp", "rollback")), LanczosProbe(every=1, num_steps=3), lr=4.0),
     "kfac": lambda: Run("adamw", ConstantPolicy("kfac")),
     "kfac on sgd": lambda: Run("sgd", ConstantPolicy("kfac")),
     "sam": lambda: Run("sgd", ConstantPolicy("sam")),
@@ -61,9 +59,7 @@ SITUATIONS = {
 
 def through_checkpoint(run, make_run):
     file = io.BytesIO()
-    torch.save(
-        {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "rng": torch.get_rng_state()}, file
-    )
+    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "rng": torch.get_rng_state()}, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     other = make_run()
@@ -140,9 +136,7 @@ def test_a_bare_state_dict_loads_and_the_wrapper_starts_from_its_own_beginning()
         other.optimizer.load_state_dict(copy.deepcopy(bare))
         assert other.optimizer.steps == 0
         p = next(other.model.parameters())
-        assert torch.equal(
-            other.optimizer.state[p]["exp_avg"], run.optimizer.state[next(run.model.parameters())]["exp_avg"]
-        )
+        assert torch.equal(other.optimizer.state[p]["exp_avg"], run.optimizer.state[next(run.model.parameters())]["exp_avg"])
         other.to(other.done + 2)
 
 

@@ -48,9 +48,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path):
 
 def test_the_sweep_of_the_readme_runs(tmp_path):
     command = [sys.executable, "experiments/train.py", "-m", "task=digits", "policy=base,rules", "seed=0,1", "steps=3"]
-    out = subprocess.run(
-        [*command, f"hydra.sweep.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.run([*command, f"hydra.sweep.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.count("run folder") == 4
     assert len(list(tmp_path.glob("*/metrics.json"))) == 4
 

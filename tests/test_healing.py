@@ -67,9 +67,7 @@ def test_broken_batches_are_skipped_and_nothing_else_changes(kind):
     outcome = train(task, optimizer, faults=faults)
     assert outcome.metrics["test_accuracy"] > 93
     assert all(torch.isfinite(p).all() for p in task.model.parameters())
-    assert (
-        sum("skipped" in line for line in outcome.treatments) >= faults.count - 2
-    )  # the first steps have no "usual" yet
+    assert sum("skipped" in line for line in outcome.treatments) >= faults.count - 2  # the first steps have no "usual" yet
 
 
 def test_a_nan_batch_does_not_poison_the_running_statistics():
@@ -85,9 +83,7 @@ def test_a_nan_batch_does_not_poison_the_running_statistics():
 
 def test_parameters_overwritten_with_nan_are_restored():
     problem = make("mlp", 60)
-    optimizer = AdaptiveOptimizer(
-        torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion
-    )
+    optimizer = AdaptiveOptimizer(torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion)
     for i, (x, y) in enumerate(problem.batches):
         if i == 40:
             with torch.no_grad():
@@ -102,9 +98,7 @@ def test_parameters_overwritten_with_nan_are_restored():
 
 def test_rollback_never_loops_when_every_batch_is_broken():
     problem = make("mlp", 200)
-    optimizer = AdaptiveOptimizer(
-        torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion
-    )
+    optimizer = AdaptiveOptimizer(torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion)
     before = [p.detach().clone() for p in problem.model.parameters()]
     for x, y in problem.batches:
         optimizer.zero_grad()

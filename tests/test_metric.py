@@ -28,9 +28,7 @@ class Walk:
         self.rng = torch.Generator().manual_seed(seed)
         self.device = device
         shapes = ((3, 4), (5,), (2, 2))
-        self.params = [
-            nn.Parameter(torch.randn(*s, generator=self.rng, dtype=torch.float64).to(device)) for s in shapes
-        ]
+        self.params = [nn.Parameter(torch.randn(*s, generator=self.rng, dtype=torch.float64).to(device)) for s in shapes]
         self.base = make([{"params": self.params[:2]}, {"params": self.params[2:]}])
         self.base.param_groups[1]["lr"] = 0.3 * self.base.param_groups[0]["lr"]
 

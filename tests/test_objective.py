@@ -250,9 +250,7 @@ def test_an_objective_that_cannot_be_differentiated_is_refused_by_name(case):
 def test_a_loss_that_is_nan_trains_on_without_a_reading():
     problem = make("mlp", 2)
     base = torch.optim.SGD(problem.model.parameters(), lr=0.1)
-    optimizer = AdaptiveOptimizer(
-        base, problem.model, loss_fn=problem.criterion, probe=LanczosProbe(every=1, num_steps=3)
-    )
+    optimizer = AdaptiveOptimizer(base, problem.model, loss_fn=problem.criterion, probe=LanczosProbe(every=1, num_steps=3))
     before = problem.model[0].weight.detach().clone()
     for spoil in (float("nan"), 1.0):
         x, y = problem.batches[0]

@@ -76,7 +76,7 @@ def test_a_full_reading_equals_the_dense_hessian(name, device):
     assert r.grad_norm == pytest.approx(float(flatten(torch.autograd.grad(net.loss(), net.params)).norm()), rel=1e-12)
     assert sum(r.ritz_weights) == pytest.approx(1, abs=1e-12)
     assert (r.step, r.kind, r.backend, r.hvps) == (7, "full", "exact", net.n)
-    assert r.notes == ("stability, kappa_effective: no optimizer was given",)
+    assert r.notes == ("stability, kappa_effective: the coming step is not an optimizer's own",)
     assert len(r.layers) == sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in net.model.modules())
 
 

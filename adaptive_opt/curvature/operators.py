@@ -37,9 +37,7 @@ class Hessian:
         if once is not None:
             raise RuntimeError(f"{once} is once_differentiable: it has no second derivative")
         grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
-        self.gradient = flatten(
-            [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]
-        )
+        self.gradient = flatten([torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)])
         self._curved = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.products = 0
 

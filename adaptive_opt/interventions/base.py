@@ -27,51 +27,67 @@ class Patient:
 
 @dataclass
 class Applied:
-    """What an intervention did."""
+    """What an intervention did, or asks the controller to do."""
 
     done: str  # a sentence
     skip: bool = False  # this batch is not stepped on
     moved: bool = False  # the parameters jumped: this batch's gradients belong to where they were
+    back_to: Snapshot | None = None  # restore this
+    forget: bool = False  # what the losses have been says nothing any more
     trial: int = 0  # steps until the verdict; 0: nothing to wait for
     before: Snapshot | None = None  # the way back
 
 
 @dataclass
 class Snapshot:
-    """Parameters and the base optimizer's state, copied on their own device: one copy of each costs their size."""
+    """Parameters, the base optimizer's state and the mode's, copied on their own device: one copy costs their size."""
 
     step: int
     params: list[Tensor]
     state: dict[int, dict[str, Any]] = field(default_factory=dict)  # index of the parameter -> its state
+    mode: str = "base"  # whose basis the state is in
+    mode_state: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
-    def take(cls, step: int, base: Optimizer) -> Snapshot:
-        params = all_params(base)
-        state = {i: copied(base.state[p]) for i, p in enumerate(params) if p in base.state}
-        return cls(step, [p.detach().clone() for p in params], state)
+    def take(cls, step: int, ctx: StepContext) -> Snapshot:
+        params = all_params(ctx.base)
+        state = {i: copied(ctx.base.state[p]) for i, p in enumerate(params) if p in ctx.base.state}
+        return cls(step, [p.detach().clone() for p in params], state, ctx.mode.name, copied(ctx.mode.state_dict()))
 
     @torch.no_grad()
     def restore(self, base: Optimizer) -> None:
-        """Write the very same values back. State that came into being since is dropped, as it was not there."""
-        for i, (p, kept) in enumerate(zip(all_params(base), self.params, strict=True)):
+        """Write the very same values back. State that came into being since is dropped, as it was not there.
+
+        Parameters that were added since stay as they are. The mode's part is the caller's to load.
+        """
+        for i, (p, kept) in enumerate(zip(all_params(base), self.params, strict=False)):
             p.copy_(kept)
             if i in self.state:
                 base.state[p] = copied(self.state[i])
             else:
                 base.state.pop(p, None)
 
+    def values(self, base: Optimizer) -> dict[int, Tensor]:
+        """The parameters' values then, by id(p)."""
+        return {id(p): kept for p, kept in zip(all_params(base), self.params, strict=False)}
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "params": list(self.params), "state": {i: dict(s) for i, s in self.state.items()}}
+        return dict(vars(self))
 
     @classmethod
     def from_state_dict(cls, d: dict[str, Any] | None) -> Snapshot | None:
-        return None if d is None else cls(d["step"], list(d["params"]), dict(d["state"]))
+        return None if d is None else cls(**d)
 
 
 def all_params(base: Optimizer) -> Sequence[Tensor]:
     return [p for group in base.param_groups for p in group["params"]]
 
 
-def copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+def copied(tree: Any) -> Any:
+    """A copy of nested plain containers with every tensor cloned."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {k: copied(v) for k, v in tree.items()}
+    return [copied(v) for v in tree] if isinstance(tree, list) else tree

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from adaptive_opt.family import family
 from adaptive_opt.interventions.base import Applied, Patient
 from adaptive_opt.records import Reading
 
@@ -64,9 +65,7 @@ class Damp:
         self.readings += 1
         weight = 1.0 if self.moved else 0.5
         self.stability += weight * (_log(reading.stability) - self.stability)
-        if (
-            reading.overshoot is not None
-        ):  # None: no descent or no upward curvature, which says nothing about the step's length
+        if reading.overshoot is not None:  # None: no descent or no upward curvature, which says nothing about the step's length
             self.overshoot += weight * (_log(reading.overshoot) - self.overshoot)
             self.moved = False
         calm = self.overshoot <= 0 and reading.stability <= LET_GO
@@ -101,7 +100,7 @@ def _fraction(base: Optimizer) -> float:
     """Momentum carries the noise of many batches; without it the step may go closer to the limit, RMSprop's up to it."""
     if any("betas" in group or group.get("momentum") for group in base.param_groups):
         return MOMENTUM
-    return PLAIN if type(base).__name__ == "SGD" else ADAPTIVE
+    return PLAIN if family(base) == "SGD" else ADAPTIVE
 
 
 def _log(x: float) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptive_opt.curvature import unflatten
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot
@@ -41,6 +43,17 @@ class Escape:
                 value = objective.loss()
             return value if math.isfinite(value) else math.inf
 
+        try:
+            return self._search(patient, direction, size, loss_at)
+        except Exception as error:  # the batch cannot be had again; `moved` has put the parameters back
+            ctx.failure = error
+            return None
+
+    def _search(
+        self, patient: Patient, direction: list[Tensor], size: float, loss_at: Callable[[float], float]
+    ) -> Applied | None:
+        ctx = patient.ctx
+        assert ctx.objective is not None
         start = loss_at(0.0)
         tries = {sign * self.first * size: loss_at(sign * self.first * size) for sign in (1.0, -1.0)}
         length = min(tries, key=lambda t: tries[t])
@@ -52,9 +65,9 @@ class Escape:
             length, best = length * self.growth, further
         if not best < start:
             return None
-        before = Snapshot.take(patient.trend.step, ctx.base)
+        before = Snapshot.take(patient.trend.step, ctx)
         with torch.no_grad():
-            for p, d in zip(objective.params, direction, strict=True):
+            for p, d in zip(ctx.objective.params, direction, strict=True):
                 p.add_(d.to(p.dtype), alpha=length)
         done = f"stepped {length:.3g} along the most negative curvature, loss {start:.6g} -> {best:.6g}"
         return Applied(done, moved=True, trial=1, before=before)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot, all_params
+from adaptive_opt.modes import StepContext
+from adaptive_opt.probe import FORWARD
 from adaptive_opt.records import Trend
 
+BETTER = 0.9  # of the loss here: going back must be worth it
 CALM = 200  # good steps after which earlier returns are forgotten
 
 
@@ -27,9 +29,7 @@ class Rollback:
 
     def __init__(self, every: int = 25, patience: int = 3, shrink: float = 0.5, most: int = 8):
         if every < 1 or patience < 1 or not 0 < shrink <= 1 or most < 1:
-            raise ValueError(
-                f"Rollback(every={every}, patience={patience}, shrink={shrink}, most={most}): out of range"
-            )
+            raise ValueError(f"Rollback(every={every}, patience={patience}, shrink={shrink}, most={most}): out of range")
         self.every, self.patience, self.shrink, self.most = every, patience, shrink, most
         self.latest: Snapshot | None = None
         self.best: Snapshot | None = None
@@ -51,12 +51,15 @@ class Rollback:
         target = self.latest if sick_step and self.returns < 2 else self.best
         if target is None or self.returns >= self.most:
             return skipped if not trend.finite else None
+        if trend.finite and not self._better_there(patient, target):
+            self.bad, self.best_level = 0, None
+            done = f"took it for a change of the data: the parameters of step {target.step} do no better on this batch"
+            return Applied(done, forget=True)
         self.returns += 1
         self.good, self.bad = 0, 0
         self.scale = self.shrink**self.returns
-        target.restore(patient.ctx.base)
         done = f"went back to the parameters of step {target.step}, steps shortened to {self.scale:.3g}"
-        return Applied(done, skip=True, moved=True, trial=20)
+        return Applied(done, skip=True, moved=True, back_to=target, forget=True, trial=20)
 
     def good_step(self) -> None:
         """A step went well: count it and let the step size return."""
@@ -66,20 +69,31 @@ class Rollback:
         if self.good >= CALM:
             self.returns = 0
 
-    def keep(self, step: int, trend: Trend, base: Optimizer) -> None:
-        """Before a step on healthy parameters: a snapshot when it is time and the loss is near the best it has been."""
+    def keep(self, step: int, trend: Trend, ctx: StepContext) -> None:
+        """Before a step on healthy parameters: a snapshot when it is time and the loss is no higher than it has been."""
         if self.latest is not None and step - self.latest.step < self.every:
             return
         level = trend.usual_loss if trend.usual_loss is not None else trend.loss
-        if (
-            self.best_level is not None
-            and trend.loss is not None
-            and trend.loss - self.best_level > abs(self.best_level)
-        ):
+        fresh = self.returns > 0 and self.good < 20  # what is usual since a return may be bad: compare with the best then
+        compared = self.best_level if fresh else level
+        if compared is not None and trend.loss is not None and trend.loss - compared > abs(compared):
             return
-        self.latest = Snapshot.take(step, base)
+        self.latest = Snapshot.take(step, ctx)
         if level is None or self.best_level is None or level <= self.best_level:
             self.best, self.best_level = self.latest, level
+
+    @staticmethod
+    def _better_there(patient: Patient, target: Snapshot) -> bool:
+        """Whether this batch's loss is lower at the snapshot: if not, it is the data that changed."""
+        objective = patient.ctx.objective
+        if objective is None:
+            return True
+        patient.ctx.cost += 2 * FORWARD
+        try:
+            return objective.loss_with(target.values(patient.ctx.base)) < BETTER * objective.loss()
+        except Exception as error:
+            patient.ctx.failure = error
+            return True
 
     @staticmethod
     def _finite(patient: Patient) -> bool:

@@ -35,7 +35,7 @@ class Spectral:
             return None
         modules = dict(patient.model.named_modules())
         mine = {id(p) for p in patient.ctx.params}
-        before = Snapshot.take(patient.trend.step, patient.ctx.base)
+        before = Snapshot.take(patient.trend.step, patient.ctx)
         changed = []
         for layer in patient.reading.layers:
             weight = getattr(modules.get(layer.name), "weight", None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,18 +20,22 @@ class StepContext:
 
     base: Optimizer
     params: Sequence[Tensor]  # dense, real, with a gradient in this step, in the order of the param groups
-    indices: Sequence[
-        int
-    ]  # their positions among all wrapped parameters: keys for state that must survive a checkpoint
+    indices: Sequence[int]  # their positions among all wrapped parameters, which survive a checkpoint
     objective: Objective | None  # None: no trusted replay
+    mode: Mode = field(default_factory=lambda: BaseStep())  # the one that is on
     cost: float = 0.0  # gradient-equivalents that were spent on replays, added up by whoever spends them
+    failure: Exception | None = None  # a replay that raised; whoever caught it went on without
 
     @property
     def grads(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
-        return next(g for g in self.base.param_groups if any(q is p for q in g["params"]))
+        return self._groups[id(p)]
+
+    @cached_property
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        return {id(p): group for group in self.base.param_groups for p in group["params"]}
 
 
 class Mode(Protocol):
@@ -38,7 +43,9 @@ class Mode(Protocol):
 
     name: str
     needs_replay: bool
+    steps_as_base: bool  # the base's own rule in the parameters' own basis: what a reading says of the coming step holds
 
+    def refuses(self, base: Optimizer) -> str | None: ...  # why it cannot work with this base
     def enter(self, ctx: StepContext) -> None: ...
     def step(self, ctx: StepContext) -> None: ...
     def exit(self, ctx: StepContext) -> None: ...
@@ -51,6 +58,10 @@ class BaseStep:
 
     name = "base"
     needs_replay = False
+    steps_as_base = True
+
+    def refuses(self, base: Optimizer) -> str | None:
+        return None
 
     def enter(self, ctx: StepContext) -> None:
         pass

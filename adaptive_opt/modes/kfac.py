@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from adaptive_opt.family import ELEMENTWISE, family
 from adaptive_opt.modes import kronecker as kron
 from adaptive_opt.modes.base import StepContext, overridden
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")  # rotate as vectors
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "max_exp_avg_sq")  # transform with the squared rotation
-ELEMENTWISE = ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
 
 
 @dataclass
@@ -41,7 +42,7 @@ class _Factors:
 class KFAC:
     """Gradient-factor preconditioning (L = E[G G'], R = E[G'G]) under the base optimizer's own rule.
 
-    beta: forgetting of the factors (measured: docs/evidence.md, "modes"). beta2: the base's second-moment forgetting while
+    beta: forgetting of the factors (measured: docs/evidence.md, "modes"). beta2: Adam's second-moment forgetting while
     the mode is on (0.999 in a turning basis ruins it: docs/evidence.md). every: steps between changes of basis. max_dim: a side
     longer than that is not rotated. damping: relative to the mean of the second moment, SGD only. Parameters with fewer
     than two dimensions take the base's step as it is.
@@ -49,22 +50,24 @@ class KFAC:
 
     name = "kfac"
     needs_replay = False
+    steps_as_base = False
 
-    def __init__(
-        self, beta: float = 0.99, beta2: float = 0.95, every: int = 10, max_dim: int = 1024, damping: float = 1e-8
-    ):
+    def __init__(self, beta: float = 0.99, beta2: float = 0.95, every: int = 10, max_dim: int = 1024, damping: float = 1e-8):
         if not 0 < beta < 1 or not 0 < beta2 < 1 or every < 1 or max_dim < 1 or damping < 0:
             raise ValueError(
                 f"KFAC(beta={beta}, beta2={beta2}, every={every}, max_dim={max_dim}, damping={damping}): out of range"
             )
         self.beta, self.beta2, self.every, self.max_dim, self.damping = beta, beta2, every, max_dim, damping
         self._factors: dict[int, _Factors] = {}
-        self._entered = False
+
+    def refuses(self, base: Optimizer) -> str | None:
+        if family(base) in (*ELEMENTWISE, "SGD"):
+            return None
+        return f"kfac knows the rules of {', '.join(ELEMENTWISE)} and SGD, and {type(base).__name__} is none of them"
 
     def enter(self, ctx: StepContext) -> None:
         self._factors = {}
         self._forget_faster(ctx, entering=True)
-        self._entered = True
 
     def exit(self, ctx: StepContext) -> None:
         for index, p in enumerate(self._all(ctx)):  # also what has no gradient in this very step
@@ -72,7 +75,7 @@ class KFAC:
             if f is not None and f.ready and self._elementwise(ctx):
                 self._carry(ctx.base.state.get(p, {}), p, f, None, None)
         self._forget_faster(ctx, entering=False)
-        self._factors, self._entered = {}, False
+        self._factors = {}
 
     @torch.no_grad()
     def step(self, ctx: StepContext) -> None:
@@ -93,23 +96,21 @@ class KFAC:
         }
 
     def _elementwise(self, ctx: StepContext) -> bool:
-        return type(ctx.base).__name__ in ELEMENTWISE
+        return family(ctx.base) in ELEMENTWISE
 
     def _observe(self, index: int, p: Tensor, ctx: StepContext) -> None:
         """Running factors, and a new basis when it is due."""
         assert p.grad is not None
         G = kron.as_matrix(p.grad)
-        L, R = kron.factors(G)
+        G = G.to(torch.promote_types(G.dtype, torch.float32))
         f = self._factors.get(index)
         if f is None:
-            f = self._factors[index] = _Factors(
-                torch.zeros_like(L) if L.shape[0] <= self.max_dim else None,
-                torch.zeros_like(R) if R.shape[0] <= self.max_dim else None,
-            )
+            m, n = (G.new_zeros(size, size) if size <= self.max_dim else None for size in G.shape)
+            f = self._factors[index] = _Factors(m, n)
         if f.L is not None:
-            f.L.lerp_(L, 1 - self.beta)
+            f.L.lerp_(G @ G.T, 1 - self.beta)
         if f.R is not None:
-            f.R.lerp_(R, 1 - self.beta)
+            f.R.lerp_(G.T @ G, 1 - self.beta)
         f.age += 1
         if f.age % self.every == 0:  # the first basis waits for that many gradients: one alone has no spectrum
             self._turn(p, f, ctx)
@@ -173,9 +174,7 @@ class KFAC:
 
     def _step_in_basis(self, ctx: StepContext) -> None:
         """Rotate, let the base step, add the rotated-back difference to what was there."""
-        turned = [
-            (p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready
-        ]
+        turned = [(p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready]
         kept = [(p.detach().clone(), p.grad) for p, _ in turned]
         try:
             for p, f in turned:
@@ -203,9 +202,7 @@ class KFAC:
         One side, the inputs' (the outputs' where that is too long): E[G'G]^-1/2 undoes an ill-conditioned input covariance
         whole (as ASGO: An et al., 2025). Both sides at once undo it twice and never settle (docs/evidence.md, canyon).
         """
-        turned = [
-            (p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready
-        ]
+        turned = [(p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) and f.ready]
         before = [p.detach().clone() for p, _ in turned]
         ctx.base.step()
         for (p, f), old in zip(turned, before, strict=True):
@@ -229,8 +226,7 @@ class KFAC:
         return kron.as_matrix(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factors": {i: dict(vars(f)) for i, f in self._factors.items()}, "entered": self._entered}
+        return {"factors": {i: dict(vars(f)) for i, f in self._factors.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._factors = {i: _Factors(**f) for i, f in state["factors"].items()}
-        self._entered = state["entered"]

@@ -11,12 +11,6 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1)
 
 
-def factors(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient factors: L = G G' (m, m) and R = G' G (n, n) of an (m, n) gradient, in float32 at least."""
-    G = G.to(torch.promote_types(G.dtype, torch.float32))
-    return G @ G.T, G.T @ G
-
-
 def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
     """(eigenvalues ascending, orthonormal columns Q) of a symmetric factor; retried in float64 when float32 fails.
 

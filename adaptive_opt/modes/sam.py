@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from adaptive_opt.modes.base import StepContext
 from adaptive_opt.objective import moved
@@ -20,12 +21,16 @@ class SAM:
 
     name = "sam"
     needs_replay = True
+    steps_as_base = True
 
     def __init__(self, rho: float = 0.01, every: int = 1):
         if rho < 0 or every < 1:
             raise ValueError(f"SAM(rho={rho}, every={every}): rho of 0 or more, every of 1 or more")
         self.rho, self.every = rho, every
         self._count = 0
+
+    def refuses(self, base: Optimizer) -> str | None:
+        return None
 
     def enter(self, ctx: StepContext) -> None:
         self._count = 0
@@ -45,9 +50,14 @@ class SAM:
         w_norm = torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in ctx.params]))
         rho = self.rho * w_norm / g_norm.clamp_min(1e-12)
         climbed = [rho.to(g.dtype) * g for g in grads]  # e(w) = rho g / |g|
-        with moved(ctx.params, climbed, 1.0):
-            above = dict(zip(map(id, ctx.objective.params), ctx.objective.gradient(), strict=True))
         ctx.cost += 1.0
+        try:
+            with moved(ctx.params, climbed, 1.0):
+                above = dict(zip(map(id, ctx.objective.params), ctx.objective.gradient(), strict=True))
+        except Exception as error:  # the batch cannot be had again: the base's own step, and the controller says why
+            ctx.failure = error
+            ctx.base.step()
+            return
         new = [above.get(id(p), g) for p, g in zip(ctx.params, grads, strict=True)]
         new_norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in new]))
         if not bool(torch.isfinite(new_norm)):

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from adaptive_opt.family import family
 from adaptive_opt.modes.base import StepContext
 
 
@@ -20,15 +22,17 @@ class SGDStep:
 
     name = "sgd"
     needs_replay = False
+    steps_as_base = False
 
     def __init__(self, momentum: float = 0.9, warm_up: int = 10, beta: float = 0.9):
         if not 0 <= momentum < 1 or warm_up < 1:
-            raise ValueError(
-                f"SGDStep(momentum={momentum}, warm_up={warm_up}): momentum in [0, 1), warm_up of 1 or more"
-            )
+            raise ValueError(f"SGDStep(momentum={momentum}, warm_up={warm_up}): momentum in [0, 1), warm_up of 1 or more")
         self.momentum, self.warm_up, self.beta = momentum, warm_up, beta
         self._seen, self._gamma = 0, 0.0  # EMA of gamma / lr, so that it is relative to the user's learning rate
         self._buffers: dict[int, Tensor] = {}
+
+    def refuses(self, base: Optimizer) -> str | None:
+        return None
 
     def enter(self, ctx: StepContext) -> None:
         self._seen, self._gamma, self._buffers = 0, 0.0, {}
@@ -37,7 +41,7 @@ class SGDStep:
         self._buffers = {}
 
     def step(self, ctx: StepContext) -> None:
-        if type(ctx.base).__name__ == "SGD" or not ctx.params:
+        if family(ctx.base) == "SGD" or not ctx.params:
             ctx.base.step()
         elif self._seen < self.warm_up:
             self._estimate(ctx)
@@ -52,7 +56,7 @@ class SGDStep:
         ss = torch.stack([(s * s).sum().float() for s in steps]).sum()
         sg = torch.stack([(s * g).sum().float() for s, g in zip(steps, grads, strict=True)]).sum()
         size, along = torch.stack([ss, -sg]).tolist()
-        lr = float(ctx.base.param_groups[0]["lr"])
+        lr = max(float(group["lr"]) for group in ctx.base.param_groups)
         if along > 0 and lr > 0:
             self._seen += 1
             self._gamma = self.beta * self._gamma + (1 - self.beta) * size / along / lr

@@ -29,7 +29,13 @@ class JsonlSink:
     def __init__(self, run_dir: str | Path, config: Mapping[str, Any] | None = None, seed: int | None = None):
         self.path = Path(run_dir) / "steps.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path.parent / "run.json").write_text(json.dumps(describe_run(config, seed), indent=2) + "\n")
+        described = self.path.parent / "run.json"
+        if self.path.exists() and described.exists():  # a run that goes on keeps its beginning
+            run = json.loads(described.read_text())
+            run["resumed"] = [*run.get("resumed", []), describe_run(config, seed)]
+        else:
+            run = describe_run(config, seed)
+        described.write_text(json.dumps(run, indent=2) + "\n")
         self._file = self.path.open("a", buffering=1)
         self.close = weakref.finalize(self, self._file.close)  # at the latest when the sink is gone
 
@@ -115,9 +121,7 @@ def _version(package: str) -> str | None:
 
 def _revision() -> str | None:
     try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=True
-        )
+        out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() or None

@@ -11,9 +11,7 @@ from experiments.tasks.canyon import HalfSquares
 class Saddle:
     """Fit a rank-`rank` map by W2 W1 x from W1 = W2 = 0: the gradient is exactly zero, the Hessian is indefinite."""
 
-    def __init__(
-        self, seed: int = 0, size: int = 8, hidden: int = 8, rank: int = 3, samples: int = 64, steps: int = 600
-    ):
+    def __init__(self, seed: int = 0, size: int = 8, hidden: int = 8, rank: int = 3, samples: int = 64, steps: int = 600):
         g = torch.Generator().manual_seed(seed)
         self.x = torch.randn(samples, size, generator=g)
         u, v = torch.randn(size, rank, generator=g), torch.randn(rank, size, generator=g)

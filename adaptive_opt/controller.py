@@ -32,6 +32,7 @@ from adaptive_opt.verify import Trial
 SAMPLE_EVERY = 10  # steps between looks at a loss that nothing else shows (objective= without a closure)
 MODE_TRIAL = 50  # steps that a mode is given to show its gain: as many as it is compared with
 TRUST_MODE, TRUST_READING = 50, 200  # steps after which a mode that replays, or a reading, asks the gate again
+FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 COOL_DOWN = 100  # steps before a treatment that was taken back may be tried again; doubled each time
 PLAIN_STATE = ("steps", "mode", "mode_since", "mode_is_treatment", "treatment_cost", "alarm", "last_trust", "said_untreated")
 
@@ -85,13 +86,15 @@ class Controller:
         sick = not trend.finite or trend.spike  # this batch proves nothing
         taken_back = not sick and self._verdict(ctx, trend, events)  # then its gradients belong to where we are no more
         reading = None if sick or taken_back else self._measure(ctx, trend, events)
-        diagnosis = diagnose(trend, reading, self.kappas, self.first_layers)
+        fresh = self.reading is not None and self.steps - self.reading.step <= FRESH
+        recent = self.reading if fresh else None
+        diagnosis = diagnose(trend, reading, self.kappas, self.first_layers, recent)
         self._remember(reading, events)
         decision, instead = None, taken_back
         if not taken_back:
             decision = self.policy.decide(diagnosis, self._history())
             self._say_untreated(trend, decision, events)
-            instead = self._act(decision, trend, reading, ctx, events)
+            instead = self._act(decision, Patient(ctx, trend, reading, recent, self.memory.bottom, self.gate.model), events)
             self._switch(decision, ctx, trend, events)
         if not instead:
             self._take_step(ctx, trend, events)
@@ -278,9 +281,9 @@ class Controller:
             seen = f"loss {trend.loss}, gradient norm {trend.grad_norm}"
             events.append(Event(self.steps, "none", seen, "stepped all the same: no treatment is allowed for it", "done"))
 
-    def _act(self, decision: Decision, trend: Trend, reading: Reading | None, ctx: StepContext, events: list[Event]) -> bool:
+    def _act(self, decision: Decision, patient: Patient, events: list[Event]) -> bool:
         """The interventions decided on; True when one of them stands in for this step."""
-        patient = Patient(ctx, trend, reading, self.memory.bottom, self.gate.model)
+        ctx, trend = patient.ctx, patient.trend
         for name, why in zip(decision.interventions, decision.reasons, strict=True):
             applied: Applied | None = self.interventions[name].apply(patient)
             self._failed(ctx, events)
@@ -422,6 +425,7 @@ class Controller:
             "failures": dict(self.failures),
             "kappas": list(self.kappas),
             "first_layers": None if self.first_layers is None else [asdict(layer) for layer in self.first_layers],
+            "reading": None if self.reading is None else asdict(self.reading),
             "trial": None if self.trial is None else self.trial.state_dict(),
             "modes": {name: mode.state_dict() for name, mode in self.modes.items()},
             "interventions": {name: i.state_dict() for name, i in self.interventions.items()},
@@ -441,6 +445,7 @@ class Controller:
         self.not_before, self.failures, self.kappas = state["not_before"], state["failures"], state["kappas"]
         layers = state["first_layers"]
         self.first_layers = None if layers is None else tuple(LayerReading(**layer) for layer in layers)
+        self.reading = None if state["reading"] is None else Reading.from_dict(state["reading"])
         self.trial = Trial.from_state_dict(state["trial"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

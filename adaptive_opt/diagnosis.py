@@ -30,12 +30,14 @@ def diagnose(
     reading: Reading | None = None,
     kappas: Sequence[float] = (),
     first_layers: Sequence[LayerReading] | None = None,
+    recent: Reading | None = None,
     thresholds: Thresholds = Thresholds(),
 ) -> Diagnosis:
     """Which conditions hold in this step, most urgent first.
 
     `reading` is this step's, or None when nothing was measured; `kappas` the last few effective condition numbers;
-    `first_layers` the layers of the run's first reading (None: this is the first).
+    `first_layers` the layers of the run's first reading (None: this is the first); `recent` the reading before, if it is
+    fresh: what it foresaw may have happened by now.
     """
     t = thresholds
     found: list[Finding] = []
@@ -47,6 +49,9 @@ def diagnose(
         found.append(Finding(Condition.BROKEN, ratio, 5.0, f"loss {_g(trend.loss)} and a gradient {ratio:.3g} times the usual"))
     elif trend.lost > t.lost:
         found.append(Finding(Condition.BROKEN, trend.lost, t.lost, f"{trend.lost:.0%} of all progress is gone again"))
+    unstable = _unstable(reading, recent, trend, t) if trend.finite and not trend.spike else None
+    if unstable is not None:
+        found.append(unstable)
     if reading is not None:
         found += _of_reading(reading, trend, kappas, first_layers, t)
     if not found:
@@ -58,11 +63,6 @@ def _of_reading(
     r: Reading, trend: Trend, kappas: Sequence[float], first: Sequence[LayerReading] | None, t: Thresholds
 ) -> list[Finding]:
     found: list[Finding] = []
-    overshoot = r.overshoot or 0.0
-    too_far = overshoot > t.overshoot_alone or (overshoot > t.overshoot and trend.rising)
-    if r.stability is not None and r.stability > t.unstable and too_far:
-        sentence = f"the step is {r.stability:.3g} times its stability limit and overshoots {overshoot:.3g} times"
-        found.append(Finding(Condition.UNSTABLE, r.stability, t.unstable, sentence))
     if trend.stalled and r.lambda_min is not None and r.epsilon and r.lambda_min < -t.negative * r.epsilon:
         size = -r.lambda_min / r.epsilon
         sentence = f"no progress where lambda_min = {r.lambda_min:.3g} ({size:.0%} of epsilon), at least {r.delta} negative"
@@ -80,6 +80,21 @@ def _of_reading(
             Finding(Condition.SHARP, r.stability, t.sharp, f"training runs at {r.stability:.2g} of the stability limit")
         )
     return found
+
+
+def _unstable(reading: Reading | None, recent: Reading | None, trend: Trend, t: Thresholds) -> Finding | None:
+    """A step that is far too long by its own reading, or too long by a reading that the loss bears out."""
+    for r in (reading, recent if trend.rising else None):
+        if r is None or r.stability is None or r.overshoot is None or r.stability <= t.unstable:
+            continue
+        if r.overshoot > t.overshoot_alone or (r.overshoot > t.overshoot and trend.rising):
+            when = "is" if r is reading else f"was at step {r.step}"
+            risen = ", and the loss has risen" if r is not reading else ""
+            sentence = (
+                f"the step {when} {r.stability:.3g} times its stability limit and overshoots {r.overshoot:.3g} times{risen}"
+            )
+            return Finding(Condition.UNSTABLE, r.stability, t.unstable, sentence)
+    return None
 
 
 def _drift(layers: Sequence[LayerReading], first: Sequence[LayerReading] | None, t: Thresholds) -> Finding | None:

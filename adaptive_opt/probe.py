@@ -74,10 +74,11 @@ class LanczosProbe:
     """Measures curvature by Lanczos, either every N steps or within a share of the training work.
 
     `LanczosProbe(every=N)` takes a full reading of the whole batch at every N-th step. `LanczosProbe(overhead=0.05)` may
-    spend 5 % of the gradient work: cheap warm-started readings of the stability at steps 0, 1, 2, 4, ... 64 and evenly
-    after that, full ones as the budget allows or when progress stalls, both on `fraction` of the batch. The budget is
-    counted in gradient-equivalents, not in seconds, so that a run is reproducible; the first readings are financed by
-    the first 500 steps. `LanczosProbe(overhead=0)` never measures unless `probe_now()` is called.
+    spend 5 % of the gradient work, counted in gradient-equivalents, not in seconds, so that a run is reproducible; the first
+    readings are financed by the first 500 steps. Within that it takes cheap warm-started readings of the stability at steps
+    0, 1, 2, 4, ... 64 and evenly after that, and full ones as the budget allows or when progress stalls, both on `fraction`
+    of the batch and on 16 samples at least: with small batches the budget ends before step 64. A damped learning rate is
+    followed more closely, on credit. `LanczosProbe(overhead=0)` never measures unless `probe_now()` is called.
 
     num_steps: Lanczos steps of each run in a full reading. tol: if given, stop a run early once both ends of the spectrum
     are known to tol * epsilon (costs a host synchronisation every four steps). delta_tol: eigenvalues below
@@ -101,8 +102,14 @@ class LanczosProbe:
             raise ValueError(f"LanczosProbe(every={self.every!r}): a whole number of steps, 1 or more")
         if self.overhead is not None and not 0 <= self.overhead <= 10:
             raise ValueError(f"LanczosProbe(overhead={self.overhead!r}): a share of the training work, for example 0.05")
-        if self.num_steps < 3:
-            raise ValueError(f"LanczosProbe(num_steps={self.num_steps}): three steps at least, or no bound means anything")
+        if not isinstance(self.num_steps, int) or self.num_steps < 3:
+            raise ValueError(
+                f"LanczosProbe(num_steps={self.num_steps}): a whole number, 3 at least, or no bound means anything"
+            )
+        if self.delta_tol < 0 or (self.tol is not None and not self.tol > 0):
+            raise ValueError(
+                f"LanczosProbe(tol={self.tol}, delta_tol={self.delta_tol}): tol above 0 or None, delta_tol 0 or more"
+            )
         if not 0 < self.fraction <= 1:
             raise ValueError(f"LanczosProbe(fraction={self.fraction}): a share of the batch in (0, 1]")
 

@@ -3,8 +3,12 @@
 Read this file first, then controller.py, then optimizer.py. What was not measured is None, never a made-up number.
 """
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,14 @@ class Reading:
     batch_size: int | None = None  # samples that were measured
     fraction: float = 1.0  # of the batch
     notes: tuple[str, ...] = ()  # what was not measured, and why
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Reading:
+        """Back from `dataclasses.asdict`, or from its JSON, where a loss that is not a number is null."""
+        layers = tuple(LayerReading(**layer) for layer in d["layers"])
+        lists = {k: tuple(d[k]) for k in ("ritz_values", "ritz_weights", "notes")}
+        numbers = {k: math.nan if d[k] is None else d[k] for k in ("loss", "grad_norm")}
+        return cls(**{**d, **lists, **numbers, "layers": layers})
 
 
 class Condition(StrEnum):

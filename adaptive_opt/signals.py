@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean, median, pstdev
+from statistics import fmean, median
 from typing import Any
 
 from adaptive_opt.records import Trend
@@ -84,8 +84,11 @@ class Signals:
             return False
         recent = self.losses[-STALL:]
         old, new = fmean(recent[: STALL // 2]), fmean(recent[STALL // 2 :])
-        size = _size(recent, fmean(recent))
-        return old - new <= STALL_GAIN * size and pstdev(recent) <= STALL_NOISE * size
+        mean = fmean(recent)
+        size = _size(recent, mean)
+        if old - new > STALL_GAIN * size:
+            return False
+        return math.sqrt(fmean((x - mean) ** 2 for x in recent)) <= STALL_NOISE * size
 
     def _lost(self) -> float:
         """Share of all progress that is gone again: 0 at the best level, 1 at the level of the start."""

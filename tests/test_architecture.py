@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "adaptive_opt"
+DESIGN = PACKAGE.parent / "docs" / "design.md"
 ROOMS = {  # room -> what it may import of ours, besides itself
     "records": set(),
     "curvature": set(),
@@ -60,3 +61,9 @@ def test_imports_run_one_way(path):
 
 def test_every_room_is_on_the_map():
     assert {room_of(p) for p in FILES} == set(ROOMS)
+
+
+def test_the_table_in_the_docs_is_this_one():
+    rows = [line.split("|") for line in DESIGN.read_text().splitlines() if line.startswith("| `")]
+    table = {row[1].strip(" `"): {name.strip() for name in row[3].split(",")} - {""} for row in rows}
+    assert table == ROOMS

@@ -64,7 +64,7 @@ CASES = {
     "probe": (ValueError, r"every=5, overhead=0.1\): give one", lambda: LanczosProbe(every=5, overhead=0.1)),
     "every": (ValueError, r"every=0\): a whole number", lambda: LanczosProbe(every=0)),
     "overhead": (ValueError, r"overhead=-1\): a share", lambda: LanczosProbe(overhead=-1)),
-    "num_steps": (ValueError, r"num_steps=2\): three", lambda: LanczosProbe(num_steps=2)),
+    "num_steps": (ValueError, r"num_steps=2\): a whole number, 3 at least", lambda: LanczosProbe(num_steps=2)),
     "fraction": (ValueError, r"fraction=0\): a share", lambda: LanczosProbe(fraction=0)),
 }
 

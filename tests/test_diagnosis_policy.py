@@ -67,6 +67,15 @@ def test_conditions_follow_from_their_evidence(trend, reading, kwargs, expected)
     assert conditions(trend, reading, **kwargs) == expected
 
 
+def test_a_rise_that_the_reading_before_foresaw_is_the_steps_length():
+    foreseen = replace(READING, step=98, stability=20.0, overshoot=3.5)
+    rising = replace(CALM, rising=True)
+    assert conditions(CALM, None, recent=foreseen) == [Condition.HEALTHY]
+    assert conditions(rising, None, recent=READING) == [Condition.HEALTHY]
+    assert conditions(rising, None, recent=foreseen) == [Condition.UNSTABLE]
+    assert conditions(rising, READING, recent=foreseen) == [Condition.UNSTABLE]
+
+
 def test_what_was_not_measured_is_no_condition():
     assert conditions(CALM, Reading(step=0, loss=1.0, grad_norm=1.0)) == [Condition.HEALTHY]
 

@@ -73,3 +73,12 @@ def test_faults_break_the_share_of_batches_that_was_asked_for():
     assert sum(torch.isnan(b).all() for b in broken) == faults.count // 2
     with pytest.raises(ValueError, match="kind='other'"):
         Faults(0.1, "other")
+
+
+def test_the_readmes_example_is_the_file_that_runs():
+    code = (ROOT / "experiments" / "quickstart.py").read_text()
+    assert code.split("\n", 2)[2].strip() in (ROOT / "README.md").read_text()
+    out = subprocess.run([sys.executable, "experiments/quickstart.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    last = [line for line in out.stdout.splitlines() if line.startswith("epoch 9")]
+    assert float(last[0].split("loss ")[1].split(",")[0]) < 1.0
+    assert "holding the learning rate" in out.stdout

@@ -21,6 +21,7 @@ class Patient:
     ctx: StepContext
     trend: Trend
     reading: Reading | None
+    recent: Reading | None = None  # the one before, if it is fresh
     bottom: Tensor | None = None  # (n,) direction of the most negative curvature
     model: nn.Module | None = None
 

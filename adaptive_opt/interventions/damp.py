@@ -49,12 +49,15 @@ class Damp:
 
     def apply(self, patient: Patient) -> Applied | None:
         """Called when the diagnosis says UNSTABLE; readings while it is engaged go through `follow`."""
-        r = patient.reading
-        if self.engaged or r is None or r.stability is None or r.overshoot is None:
+        if self.engaged:
             return None
-        self.since, self.readings, self.halved = r.step, 1, 0
+        readings = [r for r in (patient.reading, patient.recent) if r is not None and r.stability and r.overshoot]
+        if not readings:
+            return None
+        r = max(readings, key=lambda r: r.overshoot or 0.0)  # the one that shows it
+        self.since, self.readings, self.halved = patient.trend.step, 1, 0
         self.fraction = _fraction(patient.ctx.base)
-        self.stability, self.overshoot = _log(r.stability), _log(r.overshoot)
+        self.stability, self.overshoot = _log(r.stability or 0.0), _log(r.overshoot or 0.0)
         self._hold()
         return Applied(f"holding the learning rate at {self.scale:.3g} of the user's", trial=self.trial)
 

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from adaptive_opt.records import Condition, Decision, Diagnosis, Event, Finding, LayerReading, Reading, StepReport
+from adaptive_opt.records import Condition, Decision, Diagnosis, Event, Finding, Reading, StepReport
 
 SCHEMA = 1
 
@@ -68,7 +68,7 @@ def from_json(line: str) -> StepReport:
         d = json.loads(line)
         if d.pop("schema") != SCHEMA:
             raise ValueError(f"schema {SCHEMA} expected")
-        for name, build in (("reading", _reading), ("diagnosis", _diagnosis), ("decision", _decision)):
+        for name, build in (("reading", Reading.from_dict), ("diagnosis", _diagnosis), ("decision", _decision)):
             d[name] = None if d[name] is None else build(d[name])
         return StepReport(**{**d, "events": tuple(Event(**e) for e in d["events"])})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -83,13 +83,6 @@ def read_reports(run_dir: str | Path) -> Iterator[StepReport]:
                 yield from_json(line)
             except ValueError:
                 continue
-
-
-def _reading(d: dict[str, Any]) -> Reading:
-    layers = tuple(LayerReading(**layer) for layer in d["layers"])
-    tuples = {k: tuple(d[k]) for k in ("ritz_values", "ritz_weights", "notes")}
-    numbers = {k: math.nan if d[k] is None else d[k] for k in ("loss", "grad_norm")}
-    return Reading(**{**d, **tuples, **numbers, "layers": layers})
 
 
 def _diagnosis(d: dict[str, Any]) -> Diagnosis:

@@ -151,6 +151,9 @@ class Controller:
             ctx.mode.step(ctx)
         self._failed(ctx, events)
         self.signals.remember(trend)
+        damp = self.interventions.get("damp")
+        if isinstance(damp, Damp):
+            damp.good_step()
         if isinstance(rollback, Rollback):
             rollback.good_step()
             self.statistics.keep(self.gate.model)
@@ -255,7 +258,7 @@ class Controller:
         damp = self.interventions.get("damp")
         if isinstance(damp, Damp) and damp.follow(reading):
             seen = f"the user's step is at {reading.stability:.3g} of its stability limit again"
-            events.append(Event(self.steps, "damp", seen, "let go of the learning rate", "done"))
+            events.append(Event(self.steps, "damp", seen, "let the learning rate return", "done"))
             if self.trial is not None and self.trial.name == "damp":
                 self.trial = None
 

@@ -21,8 +21,8 @@ class Damp:
 
     It engages when the diagnosis says UNSTABLE and follows every reading from then on. rule: "step" holds the step at
     `hold` / overshoot, the fraction of the coming step at which the quadratic model of the batch loss is lowest when hold
-    is 0.5; "limit" holds it at `hold` / stability; "both" at the geometric mean. It lets go once the user's own step is
-    neither above the limit nor overshoots.
+    is 0.5; "limit" holds it at `hold` / stability; "both" at the geometric mean. Once the user's own step is
+    neither above the limit nor overshoots it lets go, and the learning rate returns by and by.
 
     trial: steps after which the loss must have fallen; if it has not, the fraction is halved, twice at most.
     """
@@ -73,10 +73,15 @@ class Damp:
             self.moved = False
         calm = self.overshoot <= 0 and reading.stability <= LET_GO
         if calm and self.readings > 3 and reading.step - self.since >= self.calm:
-            self.since, self.scale, self.halved = None, 1.0, 0
+            self.since, self.halved = None, 0
             return True
         self._hold()
         return False
+
+    def good_step(self) -> None:
+        """A step went well: a learning rate that was let go of returns by 2 % a step; at once, it would be a jolt."""
+        if not self.engaged:
+            self.scale = min(1.0, self.scale * 1.02)
 
     def press_on(self) -> bool:
         """The loss has not fallen: hold half of that. False when that was tried twice."""

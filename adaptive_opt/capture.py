@@ -262,27 +262,18 @@ def evaluate(model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall]
     return total
 
 
-def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -> tuple[list[ModelCall], int, float] | None:
-    """The first samples of the batch as calls of their own: (calls, samples, true fraction), or None if it cannot be cut."""
+def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -> tuple[list[ModelCall], float] | None:
+    """The first samples of the batch as calls of their own, with their true share; None if it cannot be cut."""
     keep = max(1, round(fraction * len(calls)))
-    scale = len(calls) / keep
-    chosen = calls[:keep]
-    if keep < len(calls):
-        sizes = [batch_size(call) for call in chosen]
-        if None in sizes:
-            return None
-        total = sum(batch_size(c) or 0 for c in calls)
-        return (
-            [_weighted(call, scale) for call in chosen],
-            sum(s or 0 for s in sizes),
-            sum(s or 0 for s in sizes) / max(total, 1),
-        )
-    cut = [_cut(call, loss_fn, fraction) for call in chosen]
-    if any(c is None for c in cut):
+    if keep < len(calls):  # some of the micro-batches, in the place of all
+        kept: list[ModelCall | None] = [_weighted(call, len(calls) / keep) for call in calls[:keep]]
+    else:
+        kept = [_cut(call, loss_fn, fraction) for call in calls]
+    chosen = [call for call in kept if call is not None]
+    sizes, whole = [batch_size(call) for call in chosen], sum(batch_size(call) or 0 for call in calls)
+    if len(chosen) < len(kept) or None in sizes or not whole:
         return None
-    samples = sum(batch_size(c) or 0 for c in cut if c is not None)
-    whole = sum(batch_size(c) or 0 for c in calls)
-    return [c for c in cut if c is not None], samples, samples / whole
+    return chosen, sum(size or 0 for size in sizes) / whole
 
 
 def batch_size(call: ModelCall) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def checkup(
     probe = LanczosProbe(every=1, num_steps=num_steps)
     memory = ProbeMemory(torch.Generator().manual_seed(seed))
     reading = probe.measure(Objective(source, params), None, model, memory, step=0, whole=True)
-    return reading
+    return replace(reading, batch_size=sum(source.sizes))
 
 
 class _Batches:

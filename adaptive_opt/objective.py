@@ -120,7 +120,7 @@ class Objective:
         cut = cap.subset(self.source.calls, self.source.capture.loss_fn, fraction) if fraction < 1 else None
         if cut is None:
             return None
-        calls, _, true_fraction = cut
+        calls, true_fraction = cut
         smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.capture, self.bystanders)
         smaller.loss_scale = self.loss_scale
         return smaller, true_fraction

@@ -75,6 +75,7 @@ def test_a_loader_with_an_uneven_last_batch_weighs_samples_not_batches(device):
     assert reading.loss == pytest.approx(net.loss().item(), rel=1e-13)
     whole = checkup(net.model, nn.CrossEntropyLoss(), (net.x, net.y), num_steps=net.n)
     assert whole.trace == pytest.approx(reading.trace, rel=1e-10)
+    assert whole.batch_size == reading.batch_size == 14
 
 
 def test_at_most_max_batches_are_read():

@@ -29,7 +29,9 @@ from adaptive_opt.records import Decision, Event, History, LayerReading, Reading
 from adaptive_opt.signals import Signals
 from adaptive_opt.verify import Trial
 
-SAMPLE_EVERY = 10  # steps between looks at a loss that nothing else shows (objective= without a closure)
+SAMPLE_EVERY = (
+    10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
+)
 MODE_TRIAL = 50  # steps that a mode is given to show its gain: as many as it is compared with
 TRUST_MODE, TRUST_READING = 50, 200  # steps after which a mode that replays, or a reading, asks the gate again
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
@@ -166,7 +168,8 @@ class Controller:
         norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
         value = loss if loss is not None else self.gate.loss()
         unseen = value is None and self.gate.given is not None and self.gate.trusted
-        if unseen and self.steps % SAMPLE_EVERY == 0 and ctx.objective is not None:
+        due = self.steps < SAMPLE_EVERY or self.steps % SAMPLE_EVERY == 0
+        if unseen and due and ctx.objective is not None:
             self.memory.spent += FORWARD
             try:
                 value = ctx.objective.loss()
@@ -213,6 +216,8 @@ class Controller:
             return False
 
     def _distrust(self, error: Exception, events: list[Event]) -> None:
+        if self.gate.trusted is False:
+            return  # said already
         why = self.gate.refuse(error)
         warnings.warn(f"adaptive_opt measures and treats no longer what needs a replay: {why}", UserWarning, stacklevel=6)
         events.append(Event(self.steps, "gate", why, "switched off what needs a replay", "done"))

@@ -88,7 +88,7 @@ def _unstable(reading: Reading | None, recent: Reading | None, trend: Trend, t: 
         if r is None or r.stability is None or r.overshoot is None or r.stability <= t.unstable:
             continue
         if r.overshoot > t.overshoot_alone or (r.overshoot > t.overshoot and trend.rising):
-            when = "is" if r is reading else f"was at step {r.step}"
+            when = "is" if r is reading else f"of step {r.step} was"
             risen = ", and the loss has risen" if r is not reading else ""
             sentence = (
                 f"the step {when} {r.stability:.3g} times its stability limit and overshoots {r.overshoot:.3g} times{risen}"

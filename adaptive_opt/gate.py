@@ -124,9 +124,14 @@ class Gate:
             return "no parameter has a gradient: run backward on a batch first"
         if not self._measurable():
             return f"no parameter has a dense, real gradient ({self.unmeasured()})"
+        if self.capture is not None or self.given is not None:
+            return (
+                "no batch is remembered: probe_now() belongs between backward and step, and the loop must call the very model "
+                "and loss_fn that were given"
+            )
         return (
             "there is no way to evaluate the loss again: give AdaptiveOptimizer model= and loss_fn= (a Module), a model with "
-            "output.loss, objective=, or step(closure)"
+            "output.loss, objective=, or step(closure); after unpickling or copying, give them again by attach()"
         )
 
     def without_replay(self, closure: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from adaptive_opt.policy import Policy, RulePolicy
 from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Reading, StepReport
 
+LOG = logging.getLogger("adaptive_opt")
 Sink = Callable[[StepReport], None]
 
 
@@ -33,7 +35,7 @@ class AdaptiveOptimizer(Optimizer):
     `step` is replayed. probe: what is measured and when. policy: what is done about it. modes, interventions: by name, in
     place of the defaults. step_size: "user" is the only one so far: the user's learning rate, damped when it is unstable.
     validate: a callable that returns a validation loss; SAM is tried only if it is given. sinks: called with every
-    StepReport.
+    StepReport; without any, what is treated is logged as warnings of the logger "adaptive_opt".
 
     Raises TypeError and ValueError that quote the call on arguments that cannot work.
     """
@@ -53,6 +55,8 @@ class AdaptiveOptimizer(Optimizer):
         validate: Callable[[], float] | None = None,
         sinks: Iterable[Sink] = (),
     ):
+        if probe is not None and not isinstance(probe, LanczosProbe):
+            raise TypeError(f"AdaptiveOptimizer(probe={probe!r}): a LanczosProbe, for example LanczosProbe(overhead=0.05)")
         policy = RulePolicy() if policy is None else policy
         modes = {name: make() for name, make in MODES.items()} if modes is None else dict(modes)
         interventions = {name: make() for name, make in INTERVENTIONS.items()} if interventions is None else dict(interventions)
@@ -110,6 +114,8 @@ class AdaptiveOptimizer(Optimizer):
         if (why := self.control.gate.without_replay(closure is not None)) is not None:
             self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
         self._report = self.control.step(closure, ambient, loss)
+        for event in self._report.events:  # never silent: with no sink to say it, on the terminal
+            LOG.log(logging.INFO if self.sinks else logging.WARNING, event.sentence())
         for sink in self.sinks:
             sink(self._report)
         return loss

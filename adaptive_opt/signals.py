@@ -10,7 +10,7 @@ from adaptive_opt.records import Trend
 
 WINDOW = 200  # good steps that "what this run has shown" looks back on
 LEARNED = 5  # good steps before anything can stand out
-JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window; measured: docs/evidence.md, "broken steps"
+JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window; docs/evidence.md, "broken steps"
 RISE = 1.5  # times the running median, by the median of the last five
 GAIN = 0.1  # of the first loss: less gain than that after ten steps counts as none
 STALL = 40  # observed losses over which progress is judged

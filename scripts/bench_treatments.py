@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -239,6 +240,7 @@ def main() -> None:
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: 1 or more")
     torch.set_num_threads(1)
+    logging.getLogger("adaptive_opt").setLevel(logging.ERROR)  # the tables count the treatments
     everything: list[Row] = []
     for name in args.only:
         rows = SECTIONS[name](args.seeds)

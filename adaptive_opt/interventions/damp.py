@@ -11,7 +11,7 @@ from adaptive_opt.family import family
 from adaptive_opt.interventions.base import Applied, Patient
 from adaptive_opt.records import Reading
 
-MOMENTUM, PLAIN, ADAPTIVE = 0.15, 0.5, 1.0  # of the stability limit; measured: docs/evidence.md, "damp"
+MOMENTUM, PLAIN, ADAPTIVE = 0.15, 0.5, 1.0  # of the stability limit; measured: docs/evidence.md, "rates"
 LET_GO = 2.0  # times the limit: not above what the diagnosis calls unstable
 STATE = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction", "moved")
 

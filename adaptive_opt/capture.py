@@ -27,6 +27,12 @@ class Ambient:
         cast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         return cls(rng_state(device), cast, tuple(m.training for m in modules))
 
+    def meet(self, modules: Iterable[nn.Module]) -> None:
+        """Generators and modes as they were then."""
+        set_rng_state(self.rng)
+        for module, mode in zip(modules, self.training, strict=True):
+            module.training = mode
+
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """States of the CPU generator and, if there is one, of the device's."""
@@ -262,18 +268,31 @@ def evaluate(model: nn.Module, loss_fn: nn.Module | None, calls: list[ModelCall]
     return total
 
 
-def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -> tuple[list[ModelCall], float] | None:
-    """The first samples of the batch as calls of their own, with their true share; None if it cannot be cut."""
+def share(calls: list[ModelCall], fraction: float) -> float | None:
+    """The part of the samples that `subset` keeps; None if the batch cannot be cut. Touches no tensor."""
+    keep = max(1, round(fraction * len(calls)))
+    sizes = [batch_size(c) if keep < len(calls) else rows_kept(c, fraction) for c in calls[:keep]]
+    whole = sum(batch_size(call) or 0 for call in calls)
+    return None if None in sizes or not whole else sum(size or 0 for size in sizes) / whole
+
+
+def subset(calls: list[ModelCall], loss_fn: nn.Module | None, fraction: float) -> list[ModelCall]:
+    """The first samples of a batch that can be cut (see `share`), as calls of their own."""
     keep = max(1, round(fraction * len(calls)))
     if keep < len(calls):  # some of the micro-batches, in the place of all
-        kept: list[ModelCall | None] = [_weighted(call, len(calls) / keep) for call in calls[:keep]]
-    else:
-        kept = [_cut(call, loss_fn, fraction) for call in calls]
-    chosen = [call for call in kept if call is not None]
-    sizes, whole = [batch_size(call) for call in chosen], sum(batch_size(call) or 0 for call in calls)
-    if len(chosen) < len(kept) or None in sizes or not whole:
+        return [_weighted(call, len(calls) / keep) for call in calls[:keep]]
+    return [_cut(call, loss_fn, fraction) for call in calls]
+
+
+def rows_kept(call: ModelCall, fraction: float) -> int | None:
+    """How many samples a cut leaves; None where the first dimension of what the loss sees is not the batch."""
+    whole = batch_size(call)
+    if whole is None:
         return None
-    return chosen, sum(size or 0 for size in sizes) / whole
+    slots = [x for record in call.losses for x in leaves(record.args) if isinstance(x, Slot)]
+    if any(call.output_rows[s.index] != whole or (s.view is not None and s.rows is None) for s in slots):
+        return None
+    return max(1, round(fraction * whole))
 
 
 def batch_size(call: ModelCall) -> int | None:
@@ -287,11 +306,10 @@ def _weighted(call: ModelCall, scale: float) -> ModelCall:
     return ModelCall(call.inputs, call.ambient, None, call.output_rows, losses, call.refusal)
 
 
-def _cut(call: ModelCall, loss_fn: nn.Module | None, fraction: float) -> ModelCall | None:
-    whole = batch_size(call)
-    if whole is None:
-        return None
-    rows = max(1, round(fraction * whole))
+def _cut(call: ModelCall, loss_fn: nn.Module | None, fraction: float) -> ModelCall:
+    whole, rows = batch_size(call), rows_kept(call, fraction)
+    assert whole is not None  # or `share` would have said so
+    assert rows is not None
 
     def head(t: Any) -> Any:
         if isinstance(t, Tensor) and t.dim() and t.shape[0] and t.shape[0] % whole == 0:
@@ -300,9 +318,6 @@ def _cut(call: ModelCall, loss_fn: nn.Module | None, fraction: float) -> ModelCa
 
     losses = []
     for record in call.losses:
-        slots = [x for x in leaves(record.args) if isinstance(x, Slot)]
-        if any(call.output_rows[s.index] != whole or (s.view is not None and s.rows is None) for s in slots):
-            return None  # the output's first dimension is not the batch
         weight = record.weight
         if weight is not None and weight.dim():  # per-sample weights: the mean over fewer samples
             weight = head(weight) * (whole / rows)

@@ -58,10 +58,8 @@ class _Batches:
         sizes = [batch_size(ModelCall(x, self._ambient)) for x, _ in batches]
         self.sizes = [1 if size is None else size for size in sizes]
 
-    def ambient(self) -> Ambient:
-        return self._ambient
-
     def evaluate(self) -> Tensor:
+        self._ambient.meet(self.modules)
         whole = sum(self.sizes)
         parts = []
         for (x, y), size in zip(self.batches, self.sizes, strict=True):

@@ -20,9 +20,9 @@ from adaptive_opt.diagnosis import diagnose
 from adaptive_opt.gate import Gate
 from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, RunningStatistics, Snapshot
 from adaptive_opt.interventions.base import copied
-from adaptive_opt.modes import Mode, StepContext
+from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.modes.base import overridden
-from adaptive_opt.objective import ReplayError
+from adaptive_opt.objective import Objective, ReplayError
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe, ProbeMemory
 from adaptive_opt.records import Decision, Event, History, LayerReading, Reading, StepReport, Trend
@@ -70,7 +70,6 @@ class Controller:
         self.treatment_cost = 0.0  # gradient-equivalents
         self.said_untreated = False
         self.last_trust = -TRUST_READING  # step at which the gate was last asked
-        self.broken_in = "base"  # the mode that was on when a snapshot was last restored
         self.alarm = False  # something was just undone: look again as soon as possible
         self.reading: Reading | None = None
 
@@ -140,6 +139,12 @@ class Controller:
         """What the effective learning rate is of the user's."""
         return math.prod(getattr(i, "scale", 1.0) for i in self.interventions.values())
 
+    @property
+    def damp(self) -> Damp | None:
+        """The damp among the interventions, which follows every reading and every step."""
+        found = self.interventions.get("damp")
+        return found if isinstance(found, Damp) else None
+
     def _take_step(self, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
         ctx.mode = self.modes[self.mode]
         if ctx.mode.needs_replay and self.steps - self.last_trust >= TRUST_MODE and not self._trust(ctx, events):
@@ -153,9 +158,8 @@ class Controller:
             ctx.mode.step(ctx)
         self._failed(ctx, events)
         self.signals.remember(trend)
-        damp = self.interventions.get("damp")
-        if isinstance(damp, Damp):
-            damp.good_step()
+        if self.damp is not None:
+            self.damp.good_step()
         if isinstance(rollback, Rollback):
             rollback.good_step()
             self.statistics.keep(self.gate.model)
@@ -164,7 +168,7 @@ class Controller:
 
     def _trend(self, ctx: StepContext, loss: Any, events: list[Event]) -> Trend:
         """The free signals, with one synchronisation of the host."""
-        grads = [p.grad for p in self.gate.all_params() if p.grad is not None]
+        grads = [p.grad for p in all_params(self.base) if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
         value = loss if loss is not None else self.gate.loss()
         unseen = value is None and self.gate.given is not None and self.gate.trusted
@@ -195,13 +199,17 @@ class Controller:
             return None
         layers_too = kind == "full" or self.first_layers is None
         try:
-            # What is known of the coming step holds where the mode steps by the base's rule in the parameters' own basis.
-            base = self.base if ctx.mode.steps_as_base else None
-            reading = self.probe.measure(ctx.objective, base, self.gate.model, self.memory, self.steps, kind, layers=layers_too)
+            return self._read(ctx.objective, ctx.mode, kind, layers=layers_too)
         except Exception as error:
             self._distrust(error, events)
             return None
-        return self._with_notes(reading)
+
+    def _read(self, objective: Objective, mode: Mode, kind: str, whole: bool = False, layers: bool = True) -> Reading:
+        """What is known of the coming step holds where the mode steps by the base's rule in the parameters' own basis."""
+        base = self.base if mode.steps_as_base else None
+        model, left_out = self.gate.model, self.gate.unmeasured()
+        reading = self.probe.measure(objective, base, model, self.memory, self.steps, kind, whole=whole, layers=layers)
+        return replace(reading, notes=(*reading.notes, f"not measured: {left_out}")) if left_out else reading
 
     def _trust(self, ctx: StepContext, events: list[Event]) -> bool:
         """Ask the gate; what it refuses is said once and switched off."""
@@ -231,10 +239,7 @@ class Controller:
         if ctx.objective is None:
             raise ReplayError(f"probe_now(): {self.gate.why_not()}")
         self.gate.passes(ctx)
-        base = self.base if ctx.mode.steps_as_base else None
-        self.reading = self._with_notes(
-            self.probe.measure(ctx.objective, base, self.gate.model, self.memory, self.steps, "full", whole=True)
-        )
+        self.reading = self._read(ctx.objective, ctx.mode, "full", whole=True)
         return self.reading
 
     def _failed(self, ctx: StepContext, events: list[Event]) -> None:
@@ -242,10 +247,6 @@ class Controller:
         if ctx.failure is not None:
             self._distrust(ctx.failure, events)
             ctx.failure, ctx.objective = None, None
-
-    def _with_notes(self, reading: Reading) -> Reading:
-        left_out = self.gate.unmeasured()
-        return replace(reading, notes=(*reading.notes, f"not measured: {left_out}")) if left_out else reading
 
     def _remember(self, reading: Reading | None, events: list[Event]) -> None:
         """What a reading leaves behind: its cost, the trends over readings, and a damped step that follows it."""
@@ -260,8 +261,7 @@ class Controller:
             self.kappas = [*self.kappas[-2:], reading.kappa_effective]
         if self.first_layers is None:
             self.first_layers = reading.layers
-        damp = self.interventions.get("damp")
-        if isinstance(damp, Damp) and damp.follow(reading):
+        if self.damp is not None and self.damp.follow(reading):
             seen = f"the user's step is at {reading.stability:.3g} of its stability limit again"
             events.append(Event(self.steps, "damp", seen, "let the learning rate return", "done"))
             if self.trial is not None and self.trial.name == "damp":
@@ -308,6 +308,7 @@ class Controller:
                     events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
                 level = trend.usual_loss if trend.usual_loss is not None else trend.loss
                 self.trial = Trial(name, event, self.steps + applied.trial, level, self.signals.losses[-50:], applied.before)
+            mode_then = self.mode
             if applied.back_to is not None:
                 self._restore(applied.back_to)
             if applied.skip:
@@ -315,22 +316,21 @@ class Controller:
             if applied.forget:
                 self.signals.forget()
             if applied.moved:
-                self._moved(name, ctx, events)
+                self._moved(name, mode_then, ctx, events)
             if applied.skip or applied.moved:
                 return True
         return False
 
-    def _moved(self, name: str, ctx: StepContext, events: list[Event]) -> None:
+    def _moved(self, name: str, mode_then: str, ctx: StepContext, events: list[Event]) -> None:
         """The parameters jumped: what was averaged is of another place, and a mode in which the run broke is out."""
-        damp = self.interventions.get("damp")
-        if isinstance(damp, Damp):
-            damp.moved = True
+        if self.damp is not None:
+            self.damp.moved = True
         if name == "rollback":
             self.alarm = True
             if self.mode_is_treatment:
-                broken, self.mode_is_treatment = self.broken_in, False
-                events.append(Event(self.steps, broken, "the run broke in this mode", "back to base", "reverted"))
-                self._wait(broken)
+                self.mode_is_treatment = False
+                events.append(Event(self.steps, mode_then, "the run broke in this mode", "back to base", "reverted"))
+                self._wait(mode_then)
                 if self.mode != "base":
                     self._enter("base", ctx)
 
@@ -338,7 +338,6 @@ class Controller:
         """Back to a snapshot, and into the mode whose basis its moments are in: leaving that mode is a step of its own."""
         snapshot.restore(self.base)
         self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state))
-        self.broken_in = self.mode
         if self.mode != snapshot.mode:
             self.mode, self.mode_since = snapshot.mode, self.steps
 
@@ -380,10 +379,9 @@ class Controller:
         outcome = "kept" if kept else "reverted"
         if not kept and trial.name in ("damp", "rollback"):
             outcome = "done"  # there is nothing better to go back to
-            damp = self.interventions.get("damp")
-            if trial.name == "damp" and isinstance(damp, Damp) and damp.press_on():
-                outcome, result = "pending", f"{result}; holding at {damp.scale:.3g} now"
-                self.trial = replace(trial, until=self.steps + damp.trial)
+            if trial.name == "damp" and self.damp is not None and self.damp.press_on():
+                outcome, result = "pending", f"{result}; holding at {self.damp.scale:.3g} now"
+                self.trial = replace(trial, until=self.steps + self.damp.trial)
         events.append(replace(trial.event, outcome=outcome, result=result))
         if kept:
             self.failures.pop(trial.name, None)
@@ -447,7 +445,7 @@ class Controller:
                 f"load_state_dict: the checkpoint was written in mode {state['mode']!r}, which is not among modes="
                 f"{sorted(self.modes)}; its moments may be in that mode's basis, so give the mode again"
             )
-        state = _on(state, self.gate.all_params()[0].device)
+        state = copied(state, all_params(self.base)[0].device)
         for name in PLAIN_STATE:
             setattr(self, name, state[name])
         self.not_before, self.failures, self.kappas = state["not_before"], state["failures"], state["kappas"]
@@ -463,14 +461,3 @@ class Controller:
 
     def _parts(self) -> dict[str, Any]:
         return {"gate": self.gate, "probe": self.memory, "signals": self.signals, "statistics": self.statistics}
-
-
-def _on(tree: Any, device: torch.device) -> Any:
-    """A copy of nested plain containers with every tensor but RNG states on the device."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone() if tree.dtype == torch.uint8 else tree.detach().clone().to(device)
-    if isinstance(tree, Mapping):
-        return {k: _on(v, device) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_on(v, device) for v in tree)
-    return tree

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt.capture import Ambient, Capture, device_of
-from adaptive_opt.modes import Mode, StepContext
+from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, Source, agreement
 
 STATE = ("trusted", "distrust", "scaled_loss", "clip_norm")
@@ -67,7 +67,7 @@ class Gate:
             source = Closure(closure, modules, ambient)
         else:
             return None
-        objective = Objective(source, params, self.capture, self.all_params())
+        objective = Objective(source, params, all_params(self.base))
         objective.clip_norm = self.clip_norm
         objective.loss_scale = self._loss_scale()
         return objective
@@ -120,7 +120,7 @@ class Gate:
         refusals = [c.refusal for c in self.capture.calls if c.refusal] if self.capture is not None else []
         if self.capture is not None and (refusals or self.capture.problem):
             return refusals[0] if refusals else str(self.capture.problem)
-        if not any(p.grad is not None for p in self.all_params()):
+        if not any(p.grad is not None for p in all_params(self.base)):
             return "no parameter has a gradient: run backward on a batch first"
         if not self._measurable():
             return f"no parameter has a dense, real gradient ({self.unmeasured()})"
@@ -138,7 +138,7 @@ class Gate:
         """Why this step's loss cannot be evaluated again, or None; None too when that was said already."""
         if self.trusted is False:
             return None
-        if any(p.grad is not None for p in self.all_params()) and not self._measurable():
+        if any(p.grad is not None for p in all_params(self.base)) and not self._measurable():
             return self.why_not()
         calls = self.capture.step_calls() if self.capture is not None else []
         captured = any(c.weighted for c in calls) and not any(c.refusal for c in calls)
@@ -146,19 +146,16 @@ class Gate:
 
     # ---- parameters and scales ----------------------------------------------------------------------------------------
 
-    def all_params(self) -> list[Tensor]:
-        return [p for group in self.base.param_groups for p in group["params"]]
-
     def unmeasured(self) -> str:
         """The parameters with a gradient that no reading covers, in words; empty when there are none."""
-        grads = [(p, p.grad) for p in self.all_params() if p.grad is not None]
+        grads = [(p, p.grad) for p in all_params(self.base) if p.grad is not None]
         sparse, odd = sum(g.is_sparse for _, g in grads), sum(not p.is_floating_point() for p, _ in grads)
         parts = [f"{sparse} with sparse gradients"] * bool(sparse) + [f"{odd} with complex values"] * bool(odd)
         return f"{' and '.join(parts)} of {len(grads)} parameters" if parts else ""
 
     def _measurable(self) -> list[tuple[int, Tensor]]:
         """Dense, real parameters with a gradient, and their positions among all."""
-        plain = [(i, p, p.grad) for i, p in enumerate(self.all_params()) if p.requires_grad and p.is_floating_point()]
+        plain = [(i, p, p.grad) for i, p in enumerate(all_params(self.base)) if p.requires_grad and p.is_floating_point()]
         return [(i, p) for i, p, g in plain if g is not None and not g.is_sparse]
 
     def _captured_scale(self) -> float:

@@ -23,7 +23,6 @@ class Source(Protocol):
     modules: list[nn.Module]
 
     def evaluate(self) -> Tensor: ...
-    def ambient(self) -> Ambient | None: ...
 
 
 class CapturedBatch:
@@ -37,17 +36,12 @@ class CapturedBatch:
     def __init__(self, capture: Capture, calls: list[ModelCall]):
         self.capture, self.calls, self.modules = capture, calls, capture.modules
 
-    def ambient(self) -> Ambient | None:
-        return self.calls[0].ambient if self.calls else None
-
     def evaluate(self) -> Tensor:
         return cap.evaluate(self.capture.model, self.capture.loss_fn, self.calls, self._enter)
 
     @contextmanager
     def _enter(self, ambient: Ambient) -> Iterator[None]:
-        cap.set_rng_state(ambient.rng)
-        for module, mode in zip(self.modules, ambient.training, strict=True):
-            module.training = mode
+        ambient.meet(self.modules)
         kind, enabled, dtype = ambient.autocast
         with torch.autocast(kind, dtype=dtype, enabled=enabled):  # also off where `step` is called under it
             yield
@@ -61,10 +55,9 @@ class GivenLoss:
     def __init__(self, loss: Callable[[], Tensor], modules: list[nn.Module], ambient: Ambient | None):
         self.loss, self.modules, self._ambient = loss, modules, ambient
 
-    def ambient(self) -> Ambient | None:
-        return self._ambient
-
     def evaluate(self) -> Tensor:
+        if self._ambient is not None:
+            self._ambient.meet(self.modules)
         return self.loss()
 
 
@@ -75,7 +68,7 @@ class Closure(GivenLoss):
 
     def evaluate(self) -> Tensor:
         with _WithoutBackward():
-            return self.loss()
+            return super().evaluate()
 
 
 class _WithoutBackward(TorchFunctionMode):
@@ -91,17 +84,10 @@ class Objective:
     norm that the user's clipping let through when it was last compared (None: nothing was clipped).
     """
 
-    def __init__(
-        self,
-        source: Source,
-        params: Sequence[Tensor],
-        capture: Capture | None = None,
-        bystanders: Sequence[Tensor] = (),
-    ):
+    def __init__(self, source: Source, params: Sequence[Tensor], bystanders: Sequence[Tensor] = ()):
         self.source = source
         self.bystanders = bystanders  # other parameters whose gradients a closure may clear
         self.params = list(params)
-        self.capture = capture
         self.loss_scale = 1.0
         self.clip_norm: float | None = None
 
@@ -113,17 +99,23 @@ class Objective:
 
     def part(self, fraction: float, least: int = 16) -> tuple[Objective, float] | None:
         """The same loss on the first samples of the batch (at least `least`), with the true fraction; None: not possible."""
-        size = self.batch_size
-        if fraction >= 1 or size is None or not isinstance(self.source, CapturedBatch):
+        true_fraction = self.share(fraction, least)
+        if true_fraction is None or not isinstance(self.source, CapturedBatch):
             return None
-        fraction = max(fraction, least / size)
-        cut = cap.subset(self.source.calls, self.source.capture.loss_fn, fraction) if fraction < 1 else None
-        if cut is None:
-            return None
-        calls, true_fraction = cut
-        smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.capture, self.bystanders)
+        calls = cap.subset(self.source.calls, self.source.capture.loss_fn, self._at_least(fraction, least))
+        smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.bystanders)
         smaller.loss_scale = self.loss_scale
         return smaller, true_fraction
+
+    def share(self, fraction: float, least: int = 16) -> float | None:
+        """The true fraction that `part` would have; None where it would cut nothing."""
+        asked = self._at_least(fraction, least)
+        if asked >= 1 or not isinstance(self.source, CapturedBatch):
+            return None
+        return cap.share(self.source.calls, asked)
+
+    def _at_least(self, fraction: float, least: int) -> float:
+        return 1.0 if fraction >= 1 or self.batch_size is None else max(fraction, least / self.batch_size)
 
     def seen_loss(self) -> float | None:
         """The loss as the user's own forward pass gave it, without a replay; None where no hook saw it."""
@@ -152,14 +144,10 @@ class Objective:
     @torch.no_grad()
     def loss_with(self, values: Mapping[int, Tensor]) -> float:
         """The loss with other values of the parameters, by id(p); those that are missing stay. Put back bit for bit."""
-        here = [p.detach().clone() for p in self.params]
-        try:
+        with _same_bits(self.params):
             for p in self.params:
                 p.copy_(values.get(id(p), p))
             return self.loss()
-        finally:
-            for p, h in zip(self.params, here, strict=True):
-                p.copy_(h)
 
     def gradient(self) -> list[Tensor]:
         """The gradient at the parameters' present values, one tensor a parameter (zeros where the loss does not reach)."""
@@ -168,11 +156,6 @@ class Objective:
         return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]
 
     def _evaluate(self) -> Tensor:
-        ambient = self.source.ambient()
-        if ambient is not None:
-            cap.set_rng_state(ambient.rng)
-            for module, mode in zip(self.source.modules, ambient.training, strict=True):
-                module.training = mode
         torch.clear_autocast_cache()  # where `step` is called under autocast it holds casts of other parameters
         loss = self.source.evaluate()
         if not isinstance(loss, Tensor):
@@ -235,11 +218,18 @@ def _unheard() -> Iterator[None]:
 @contextmanager
 def moved(params: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
     """Parameters at w + length * direction inside; the very same bits outside (copies, not subtraction)."""
-    kept = [p.detach().clone() for p in params]
-    try:
+    with _same_bits(params):
         with torch.no_grad():
             for p, d in zip(params, direction, strict=True):
                 p.add_(d.to(p.dtype), alpha=length)
+        yield
+
+
+@contextmanager
+def _same_bits(params: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to the parameters inside, outside they are what they were."""
+    kept = [p.detach().clone() for p in params]
+    try:
         yield
     finally:
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from adaptive_opt.capture import Ambient, Capture, device_of, original
 from adaptive_opt.controller import Controller
 from adaptive_opt.interventions import INTERVENTIONS
-from adaptive_opt.modes import MODES, Mode
+from adaptive_opt.modes import MODES, Mode, all_params
 from adaptive_opt.policy import Policy, RulePolicy
 from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Reading, StepReport
@@ -283,13 +283,9 @@ def _check_sources(base: Optimizer, model: Any, loss_fn: Any, objective: Any) ->
         raise TypeError(f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor")
     if model is not None:
         inside = {id(p) for m in (model, loss_fn) if m is not None for p in m.parameters()}
-        params = _params(base.param_groups)
+        params = all_params(base)
         if objective is None and not any(id(p) in inside for p in params):
             raise ValueError(
                 "AdaptiveOptimizer(base, model): none of the base optimizer's parameters is in this model; was the model "
                 "built again, or moved by a function that copies it, after the optimizer was made?"
             )
-
-
-def _params(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    return [p for group in groups for p in group["params"]]

@@ -32,7 +32,7 @@ from adaptive_opt.objective import Objective
 from adaptive_opt.records import LayerReading, Reading, Trend
 
 # Cost of one part in gradient-equivalents of the samples it runs on (an exact product takes 1.4 to 2.2: docs/evidence.md)
-FORWARD, GRADIENT, PRODUCT, PER_LAYER_STEP = 0.35, 1.0, 2.2, 1.5
+FORWARD, GRADIENT, PRODUCT, LAYERS = 0.35, 1.0, 2.2, 7.0  # layers: a gradient, and 1.5 for each of four Lanczos steps
 FINANCED = 500  # steps: the first readings are paid for by the budget of this many steps
 LAYER_SAMPLES = 8
 
@@ -127,7 +127,7 @@ class LanczosProbe:
         watchful: bool = False,
         alarm: bool = False,
     ) -> str | None:
-        """ "full", "cheap" or None for this step: deterministic, from counts and costs alone.
+        """What to take in this step, "full", "cheap" or None: deterministic, from counts and costs alone.
 
         `watchful`: a treatment follows the readings; the whole budget goes into them. `alarm`: look now.
         """
@@ -155,9 +155,10 @@ class LanczosProbe:
 
     def costs(self, objective: Objective, memory: ProbeMemory, layers: bool) -> tuple[float, float]:
         """Gradient-equivalents of a cheap and of a full reading, before they are taken."""
-        f = 1.0 if self.every is not None else self._piece(objective, memory, self.fraction)[1]
+        whole = memory.whole or self.every is not None
+        f = 1.0 if whole else objective.share(self.fraction) or 1.0  # asked at every step: nothing is cut for it
         few = min(1.0, LAYER_SAMPLES / (objective.batch_size or LAYER_SAMPLES))
-        of_layers = few * (GRADIENT + 4 * PER_LAYER_STEP) if layers else 0.0
+        of_layers = few * LAYERS if layers else 0.0
         cheap = f * (GRADIENT + 4 * PRODUCT)
         return cheap, f * (GRADIENT + (2 * self.num_steps + 1) * PRODUCT) + of_layers + GRADIENT
 
@@ -186,24 +187,26 @@ class LanczosProbe:
         )
         m = self._metric(base, target.params, memory, notes)  # before the replay, which lends no .grad
         cost = 0.0
+
+        def instead(why: str) -> Reading:
+            """The whole batch, from now on."""
+            memory.whole = True
+            reading = self.measure(objective, base, model, memory, step, kind, layers=layers)
+            notes = (f"fraction: {why}, it is measured whole", *reading.notes)
+            return replace(reading, cost=reading.cost + cost, notes=notes)
+
         try:
             draft, cost = self._curvature(target, m, memory, draft, fraction, notes)
         except FloatingPointError as error:
             notes.append(f"curvature: {error}")
-        except Exception as error:
+        except Exception as error:  # a cut input was not what the model expects: position ids, an adjacency matrix
             if target is objective:
                 raise
-            memory.whole = True  # a cut input was not what the model expects: position ids, an adjacency matrix
-            reading = self.measure(objective, base, model, memory, step, kind, layers=layers)
-            note = f"fraction: the batch cannot be cut ({str(error).partition(chr(10))[0]}), it is measured whole"
-            return replace(reading, notes=(note, *reading.notes))
+            return instead(f"the batch cannot be cut ({str(error).partition(chr(10))[0]})")
         seen = objective.seen_loss() if target is not objective and memory.last_cheap < 0 else None
         if seen is not None and 0 < draft.loss < seen * math.sqrt(fraction):
             # A mean over fewer samples is about the same, a sum is smaller: then fewer samples are no sample of it.
-            memory.whole = True
-            reading = self.measure(objective, base, model, memory, step, kind, layers=layers)
-            note = f"fraction: a part of the batch has the loss {draft.loss:.3g} of {seen:.3g}, it is measured whole"
-            return replace(reading, cost=reading.cost + cost, notes=(note, *reading.notes))
+            return instead(f"a part of the batch has the loss {draft.loss:.3g} of {seen:.3g}")
         measured: tuple[LayerReading, ...] = ()
         if layers if layers is not None else kind == "full":
             measured, spent = self._layers(objective, model, memory, notes)
@@ -333,7 +336,7 @@ class LanczosProbe:
             return (), fraction * GRADIENT
         if not measured:
             notes.append("layers: the model has no linear or convolutional layer that the replay calls")
-        return measured, fraction * (GRADIENT + 4 * PER_LAYER_STEP)
+        return measured, fraction * LAYERS
 
     def _run(self, matvec: Any, start: Tensor, num_steps: int) -> Spectrum:
         return lanczos(matvec, start, num_steps, self.tol)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adaptive_opt.modes import StepContext
+from adaptive_opt.modes import StepContext, all_params
 from adaptive_opt.records import Reading, Trend
 
 
@@ -81,14 +81,11 @@ class Snapshot:
         return None if d is None else cls(**d)
 
 
-def all_params(base: Optimizer) -> Sequence[Tensor]:
-    return [p for group in base.param_groups for p in group["params"]]
-
-
-def copied(tree: Any) -> Any:
-    """A copy of nested plain containers with every tensor cloned."""
+def copied(tree: Any, device: torch.device | None = None) -> Any:
+    """A copy of nested plain containers with every tensor cloned, and put on `device` if that is given (not RNG states)."""
     if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, dict):
-        return {k: copied(v) for k, v in tree.items()}
-    return [copied(v) for v in tree] if isinstance(tree, list) else tree
+        clone = tree.detach().clone()
+        return clone if device is None or tree.dtype == torch.uint8 else clone.to(device)
+    if isinstance(tree, Mapping):
+        return {k: copied(v, device) for k, v in tree.items()}
+    return type(tree)(copied(v, device) for v in tree) if isinstance(tree, (list, tuple)) else tree

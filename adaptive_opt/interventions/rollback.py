@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from adaptive_opt.interventions.base import Applied, Patient, Snapshot, all_params
-from adaptive_opt.modes import StepContext
+from adaptive_opt.interventions.base import Applied, Patient, Snapshot
+from adaptive_opt.modes import StepContext, all_params
 from adaptive_opt.probe import FORWARD
 from adaptive_opt.records import Trend
 

@@ -38,6 +38,11 @@ class StepContext:
         return {id(p): group for group in self.base.param_groups for p in group["params"]}
 
 
+def all_params(base: Optimizer) -> list[Tensor]:
+    """Every wrapped parameter, in the order of the groups: positions in it are keys that survive a checkpoint."""
+    return [p for group in base.param_groups for p in group["params"]]
+
+
 class Mode(Protocol):
     """Takes the step. Hyperparameters belong to the constructor, the problem to the context."""
 

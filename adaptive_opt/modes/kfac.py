@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from adaptive_opt.family import ELEMENTWISE, family
 from adaptive_opt.modes import kronecker as kron
-from adaptive_opt.modes.base import StepContext, overridden
+from adaptive_opt.modes.base import StepContext, all_params, overridden
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")  # rotate as vectors
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "max_exp_avg_sq")  # transform with the squared rotation
@@ -70,7 +70,7 @@ class KFAC:
         self._forget_faster(ctx, entering=True)
 
     def exit(self, ctx: StepContext) -> None:
-        for index, p in enumerate(self._all(ctx)):  # also what has no gradient in this very step
+        for index, p in enumerate(all_params(ctx.base)):  # also what has no gradient in this very step
             f = self._factors.get(index)
             if f is not None and f.ready and self._elementwise(ctx):
                 self._carry(ctx.base.state.get(p, {}), p, f, None, None)
@@ -101,8 +101,7 @@ class KFAC:
     def _observe(self, index: int, p: Tensor, ctx: StepContext) -> None:
         """Running factors, and a new basis when it is due."""
         assert p.grad is not None
-        G = kron.as_matrix(p.grad)
-        G = G.to(torch.promote_types(G.dtype, torch.float32))
+        G = self._matrix(p.grad)
         f = self._factors.get(index)
         if f is None:
             m, n = (G.new_zeros(size, size) if size <= self.max_dim else None for size in G.shape)
@@ -142,16 +141,15 @@ class KFAC:
             for name in names:
                 moment = state.get(name)
                 if isinstance(moment, Tensor) and moment.shape == p.shape:
-                    M = kron.as_matrix(moment).to(torch.promote_types(moment.dtype, torch.float32))
-                    moment.copy_(kron.rotate(M, left, right).view(p.shape))
+                    moment.copy_(kron.rotate(self._matrix(moment), left, right).view(p.shape))
 
     def _seed_second_moment(self, ctx: StepContext, p: Tensor, f: _Factors) -> None:
         """At entry the eigenvalues know the second moment in the new basis better than the carried one does."""
         state = ctx.base.state.get(p, {})
         moment = state.get("exp_avg_sq", state.get("square_avg"))
-        v = kron.second_moment(f.left, f.right, p.shape) if f.left is not None and f.right is not None else None
-        if moment is None or v is None:
+        if moment is None or f.left is None or f.right is None:
             return
+        v = kron.second_moment(f.left, f.right)
         t = float(state.get("step", 0))
         moment.copy_((v * (1 - self._forgetting(ctx, p) ** t)).view(p.shape))
 
@@ -161,7 +159,7 @@ class KFAC:
 
     def _forget_faster(self, ctx: StepContext, entering: bool) -> None:
         """Rescale second moments so that their bias correction is right under the other beta2."""
-        for p in self._all(ctx):
+        for p in all_params(ctx.base):
             betas = ctx.group_of(p).get("betas")
             state = ctx.base.state.get(p, {})
             t = float(state.get("step", 0))
@@ -216,10 +214,6 @@ class KFAC:
             D = kron.rotate_back(D, QL, QR)
             D = D * (s.norm() / D.norm().clamp_min(torch.finfo(D.dtype).tiny))
             p.copy_(old + D.to(p.dtype).view(p.shape))
-
-    @staticmethod
-    def _all(ctx: StepContext) -> list[Tensor]:
-        return [p for group in ctx.base.param_groups for p in group["params"]]
 
     @staticmethod
     def _matrix(x: Tensor) -> Tensor:

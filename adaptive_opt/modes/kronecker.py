@@ -42,8 +42,6 @@ def change(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     return new if old is None else old.T @ new
 
 
-def second_moment(left: Tensor | None, right: Tensor | None, shape: torch.Size) -> Tensor | None:
+def second_moment(left: Tensor, right: Tensor) -> Tensor:
     """v = l r' / trace: the elementwise second moment that the factors' eigenvalues imply (as Adafactor's, in the basis)."""
-    if left is None or right is None:
-        return None
     return torch.outer(left, right) / left.sum().clamp_min(torch.finfo(left.dtype).tiny)

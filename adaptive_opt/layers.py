@@ -2,98 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptive_opt.curvature import layer_spectrum
+from adaptive_opt.curvature import Point, layer_spectrum
 from adaptive_opt.records import LayerReading
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Bilinear)
+NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)  # the next hidden state with respect to the one before
+SEQUENCES = (nn.RNN, nn.LSTM, nn.GRU)  # the output sequence with respect to the input sequence
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "weight": WEIGHTED,
+    "norm": NORMS,
+    "attention": (nn.MultiheadAttention,),  # with respect to the query; given thrice, the whole self-attention map
+    "rnn": CELLS + SEQUENCES,
+}
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.Softplus, nn.Hardtanh)
 
 
 @dataclass
 class _Visit:
-    """One call of a layer, with the activation that consumed its output if a module did."""
+    """The first call of a layer: between which two points of the graph its Jacobian lies, or why there is none."""
 
     name: str
-    input: Tensor
-    output: Tensor
-    out: Tensor  # of the activation, else `output`
+    kind: str
+    input: Point | None = None
+    output: Point | None = None  # of the activation that consumed the layer's output, if a module did
+    problem: str = ""
 
 
 def measure_layers(
-    model: nn.Module, evaluate: Callable[[], Tensor], generator: torch.Generator, num_steps: int = 4
-) -> tuple[LayerReading, ...]:
-    """Singular values and gradient gain of every linear or convolutional layer, at its first call in `evaluate()`."""
-    visits = _visit(model, evaluate)
+    model: nn.Module,
+    evaluate: Callable[[], Tensor],
+    generator: torch.Generator,
+    num_steps: int = 4,
+    kinds: Sequence[str] = ("weight",),
+    names: Sequence[str] = (),
+) -> tuple[tuple[LayerReading, ...], tuple[str, ...]]:
+    """Singular values and gradient gain of the model's layers, at their first call in `evaluate()`; and what was skipped.
+
+    `kinds` names classes of layers: "weight" (linear and convolutional, with the activation that follows), "norm", "attention",
+    "rnn". `names` adds modules by their name in `model.named_modules()`; one of no known kind is measured from the first
+    floating tensor among its arguments to the first of its output, and its kind is "module". The cost is one gradient, and
+    `num_steps` products with each layer's Jacobian and its transpose, which compute nothing outside of the layer. What cannot
+    be measured is named with the reason in the second value. Raises ValueError on a kind or name that there is not.
+    """
+    visits = _chosen(model, kinds, names)
     if not visits:
-        return ()
-    loss, calls = visits
-    points = [t for c in calls for t in (c.input, c.out)]
-    grads = torch.autograd.grad(loss, points, retain_graph=True, allow_unused=True)
-    readings = []
-    for i, call in enumerate(calls):
-        start = torch.randn(call.input.numel(), generator=generator, device=generator.device, dtype=torch.float32)
-        start = start.to(device=call.input.device, dtype=torch.promote_types(call.input.dtype, torch.float32))
+        return (), ()
+    with twice_differentiable(model):
+        loss = _watch(model, evaluate, visits)
+    met = [v for v in visits.values() if v.input is not None and v.output is not None]
+    ends = [p.edge for v in met for p in (v.input, v.output) if p is not None]
+    grads = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True) if ends else ()
+    gains = {v.name: _gain(*grads[2 * i : 2 * i + 2]) for i, v in enumerate(met)}
+    readings, skipped = [], []
+    for visit in visits.values():
+        if visit.input is None and not visit.problem and visit.name not in names:
+            continue  # the replay did not call it, and nobody asked for it
         try:
-            s = layer_spectrum(call.out, call.input, start, num_steps)
-        except (RuntimeError, FloatingPointError):
-            continue  # a layer without a second derivative, or with a non-finite signal: not measured
-        readings.append(
-            LayerReading(
-                call.name,
-                s.sigma_max,
-                s.sigma_max_error,
-                s.sigma_rms,
-                s.sigma_rms_error,
-                _gain(grads[2 * i : 2 * i + 2]),
-            )
-        )
-    return tuple(readings)
+            readings.append(_measure(visit, generator, num_steps, gains.get(visit.name)))
+        except (RuntimeError, FloatingPointError) as error:  # no second derivative, or a signal that is not finite
+            skipped.append(f"{visit.name} not measured ({str(error).partition(chr(10))[0]})")
+    return tuple(readings), tuple(skipped)
 
 
-def _gain(grads: tuple[Tensor | None, ...]) -> float | None:
-    at_input, at_output = grads
+def with_drift(layers: Sequence[LayerReading], first: Sequence[LayerReading]) -> tuple[LayerReading, ...]:
+    """The same readings with `drift` = log(sigma_rms now / in `first`); None for a layer that passes nothing or is new."""
+    before = {layer.name: layer.sigma_rms for layer in first if layer.sigma_rms > 0}
+    return tuple(
+        replace(layer, drift=math.log(layer.sigma_rms / before[layer.name]))
+        if layer.name in before and layer.sigma_rms > 0
+        else layer
+        for layer in layers
+    )
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers by PyTorch's own kernels: cuDNN's and oneDNN's have no second derivative."""
+    if not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        yield
+        return
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns of TF32 where there is none
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def caught(x: Tensor) -> Tensor:
+    """x as a point of the graph that nothing else passes through: an alias, or a copy that requires gradients.
+
+    With the alias in its place a layer's Jacobian leaves out what reaches the layer on other ways (a skip connection).
+    """
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_().clone()  # a clone may be changed in place
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """The floating tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(values, Tensor):
+        if values.is_floating_point():
+            yield values
+    elif isinstance(values, Mapping):
+        yield from tensors(list(values.values()))
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors(value)
+
+
+def swapped(values: Any, old: Tensor, new: Tensor) -> Any:
+    """The same arguments with another tensor wherever the old one stood."""
+    if values is old:
+        return new
+    if type(values) in (tuple, list):
+        return type(values)(swapped(value, old, new) for value in values)
+    if type(values) is dict:
+        return {key: swapped(value, old, new) for key, value in values.items()}
+    return values
+
+
+def _chosen(model: nn.Module, kinds: Sequence[str], names: Sequence[str]) -> dict[nn.Module, _Visit]:
+    modules = dict(model.named_modules())
+    unknown = [*(k for k in kinds if k not in KINDS), *(n for n in names if n not in modules)]
+    if isinstance(kinds, str) or isinstance(names, str) or unknown:
+        raise ValueError(f"measure_layers(kinds={kinds!r}, names={names!r}): kinds out of {tuple(KINDS)}, names of modules")
+    visits = {}
+    for name, module in modules.items():
+        kind = next((k for k, classes in KINDS.items() if isinstance(module, classes)), "module")
+        if kind in kinds or name in names:
+            visits[module] = _Visit(name, kind)
+    return visits
+
+
+def _watch(model: nn.Module, evaluate: Callable[[], Tensor], visits: dict[nn.Module, _Visit]) -> Tensor:
+    """Evaluate with hooks that fill in the visits, and put them in the order of the calls."""
+    latest: list[tuple[_Visit, Tensor]] = []  # the last layer with weights and its output, which an activation may take
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        visit = visits[module]
+        if visit.input is not None or visit.problem:
+            return None  # a later call
+        args = _with_state(module, args, kwargs)
+        x = _input(module, visit.kind, args, kwargs)
+        visits[module] = visits.pop(module)  # in the order of the calls
+        if x is None:
+            visit.problem = "it was called without a floating tensor in its first place"
+            return None
+        alias = caught(x)
+        visit.input = Point.of(alias)
+        return swapped(args, x, alias), swapped(kwargs, x, alias)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        visit = visits[module]
+        if visit.problem or visit.output is not None:
+            return
+        y = next(tensors(output), None)
+        if y is None or not y.requires_grad or visit.input is None or not y.numel() or not visit.input.numel:
+            visit.problem = "its output is no floating tensor of the graph"
+            return
+        visit.output = Point.of(y)
+        if visit.kind == "weight":
+            latest[:] = [(visit, y)]
+
+    def activated(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if latest and args and args[0] is latest[0][1]:
+            latest.pop()[0].output = Point.of(output)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module in visits:
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+            elif isinstance(module, ACTIVATIONS):
+                stack.callback(module.register_forward_hook(activated).remove)
+        return evaluate()
+
+
+def _with_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """A cell's arguments with the hidden state of zeros that it would make itself."""
+    given: list[Any] = [*args[:2], kwargs.get("hx")]
+    if not isinstance(module, CELLS) or not args or given[1] is not None:
+        return args
+    kwargs.pop("hx", None)
+    h = given[0].new_zeros(*given[0].shape[:-1], module.hidden_size)
+    return given[0], (h, h.clone()) if isinstance(module, nn.LSTMCell) else h
+
+
+def _input(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that the layer's Jacobian is with respect to."""
+    if kind == "module":
+        return next(tensors((args, kwargs)), None)
+    if isinstance(module, CELLS):
+        return next(tensors(args[1] if len(args) > 1 else kwargs.get("hx")), None)
+    first = args[0] if args else kwargs.get("query") if kind == "attention" else None
+    return first if isinstance(first, Tensor) and first.is_floating_point() else None
+
+
+def _measure(visit: _Visit, generator: torch.Generator, num_steps: int, gain: float | None) -> LayerReading:
+    if visit.input is None or visit.output is None:
+        raise RuntimeError(visit.problem or "the replay did not call it")
+    s = layer_spectrum(visit.output, visit.input, generator, num_steps)
+    return LayerReading(
+        visit.name,
+        s.sigma_max,
+        s.sigma_max_error,
+        s.sigma_rms,
+        s.sigma_rms_error,
+        gain,
+        sigma_min=s.sigma_min,
+        sigma_min_error=s.sigma_min_error,
+        kind=visit.kind,
+    )
+
+
+def _gain(at_input: Tensor | None, at_output: Tensor | None) -> float | None:
     if at_input is None or at_output is None:
         return None
     down, up = float(at_input.norm()), float(at_output.norm())
-    return down / up if up > 0 else None
-
-
-def _visit(model: nn.Module, evaluate: Callable[[], Tensor]) -> tuple[Tensor, list[_Visit]] | None:
-    calls: list[_Visit] = []
-    handles = []
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args:  # called with keywords
-            return args
-        x = args[0]
-        return args if x.requires_grad else (x.detach().requires_grad_(), *args[1:])  # the first layer's input is data
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if args and args[0].numel() and all(c.name != name for c in calls):
-                calls.append(_Visit(name, args[0], output, output))
-
-        return hook
-
-    def activated(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if calls and args and args[0] is calls[-1].output:
-            calls[-1].out = output
-
-    for name, module in model.named_modules():
-        if isinstance(module, WEIGHTED):
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(name))]
-        elif isinstance(module, ACTIVATIONS) and not getattr(module, "inplace", False):
-            handles.append(module.register_forward_hook(activated))
-    try:
-        loss = evaluate()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return (loss, calls) if calls else None
+    return down / up if 0 < up < math.inf else None

@@ -20,6 +20,7 @@ from adaptive_opt.curvature import (
     condition_number_bound,
     count_below,
     effective_condition_number,
+    ends,
     estimate_below,
     flatten,
     lanczos,
@@ -330,16 +331,17 @@ class LanczosProbe:
         target, fraction = self._piece(objective, memory, share, least=LAYER_SAMPLES)
         try:
             with target.replay() as evaluate:
-                measured = measure_layers(model, evaluate, memory.generator)
+                measured, skipped = measure_layers(model, evaluate, memory.generator)
         except RuntimeError as error:  # a checkpointed block will not have its input watched
             notes.append(f"layers: not measured ({str(error).splitlines()[0]})")
             return (), fraction * GRADIENT
-        if not measured:
+        notes.extend(f"layers: {layer}" for layer in skipped)
+        if not measured and not skipped:
             notes.append("layers: the model has no linear or convolutional layer that the replay calls")
         return measured, fraction * LAYERS
 
     def _run(self, matvec: Any, start: Tensor, num_steps: int) -> Spectrum:
-        return lanczos(matvec, start, num_steps, self.tol)
+        return lanczos(matvec, start, num_steps, until=None if self.tol is None else ends(self.tol))
 
     def _warm(self, m: Metric, memory: ProbeMemory) -> Tensor:
         if memory.top is not None and memory.top.shape == m.root.shape:

@@ -21,6 +21,15 @@ class LayerReading:
     sigma_rms: float  # |J|_F / sqrt(outputs): 1 keeps the signal's mean square, 12 layers of 0.4 kill it
     sigma_rms_error: float  # standard error
     gain: float | None  # |gradient at the layer's input| / |gradient at its output|
+    sigma_min: float | None = None  # smallest singular value, zeros of the shape alone left out; an upper bound
+    sigma_min_error: float | None = None  # a singular value lies within this of sigma_min
+    kind: str = "weight"  # "weight" (linear, convolution), "norm", "attention", "rnn", or "module": one asked for by name
+    drift: float | None = None  # log(sigma_rms now / at the first reading)
+
+    @property
+    def distance(self) -> float:
+        """|log sigma_rms|: how far the layer is from keeping the signal's mean square; 0 keeps it, infinite kills it."""
+        return abs(math.log(self.sigma_rms)) if self.sigma_rms > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,9 @@ class Reading:
     lambda_max_error: float | None = None
     lambda_min: float | None = None
     lambda_min_error: float | None = None
+    lambda_max_outer: float | None = None  # no eigenvalue lies above it, with probability 0.99; None: the run was too short
+    lambda_min_outer: float | None = None  # none lies below it, likewise
+    weight_norm: float | None = None  # |w| of the measured parameters
     # what the base optimizer feels
     stability: float | None = None  # lr * lambda_max(P^1/2 H P^1/2) / limit: 1 is the edge of stability
     stability_error: float | None = None
@@ -53,16 +65,21 @@ class Reading:
     trace_stderr: float | None = None
     ritz_values: tuple[float, ...] = ()
     ritz_weights: tuple[float, ...] = ()
+    ritz_residuals: tuple[float, ...] = ()  # an eigenvalue lies within each of its Ritz value
     # the layers, in the order in which the model calls them
     layers: tuple[LayerReading, ...] = ()
     lipschitz_bound: float | None = None  # product of the layers' norms; None until measured by a chain of layers
     lipschitz_local: float | None = None  # largest singular value of the whole Jacobian on the batch
+    lipschitz_local_error: float | None = None
     # how it was measured
     kind: str = "full"  # "full", or "cheap": stability alone, from a warm start
     hvps: int = 0  # Hessian-vector products spent
     cost: float = 0.0  # gradient-equivalents spent: one is a forward and backward pass of the whole batch
     seconds: float = 0.0
-    backend: str = "exact"  # or "finite_difference": approximate
+    curvature: str = "hessian"  # or "gauss_newton": of which matrix the numbers are
+    backend: str = "exact"  # "exact_rebuilt": the same in less memory; "finite_difference": approximate
+    method: str = "full"  # how Lanczos kept its basis: "full", "half", "host", "restarted", "two-pass"
+    asymmetry: float | None = None  # norm of what the operator did that no symmetric one does, over epsilon
     batch_size: int | None = None  # samples that were measured
     fraction: float = 1.0  # of the batch
     notes: tuple[str, ...] = ()  # what was not measured, and why
@@ -71,7 +88,7 @@ class Reading:
     def from_dict(cls, d: dict[str, Any]) -> Reading:
         """Back from `dataclasses.asdict`, or from its JSON, where a loss that is not a number is null."""
         layers = tuple(LayerReading(**layer) for layer in d["layers"])
-        lists = {k: tuple(d[k]) for k in ("ritz_values", "ritz_weights", "notes")}
+        lists = {k: tuple(d[k]) for k in ("ritz_values", "ritz_weights", "ritz_residuals", "notes")}
         numbers = {k: math.nan if d[k] is None else d[k] for k in ("loss", "grad_norm")}
         return cls(**{**d, **lists, **numbers, "layers": layers})
 

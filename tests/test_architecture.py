@@ -15,6 +15,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "family": set(),
     "metric": {"curvature", "family"},
     "layers": {"curvature", "records"},
+    "lipschitz": {"curvature", "layers"},
     "probe": {"curvature", "objective", "metric", "layers", "records"},
     "signals": {"records"},
     "diagnosis": {"records"},

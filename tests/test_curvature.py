@@ -17,6 +17,7 @@ from adaptive_opt.curvature import (
     condition_number_bound,
     count_below,
     effective_condition_number,
+    ends,
     estimate_below,
     flatten,
     lanczos,
@@ -52,7 +53,7 @@ def check_bounds(spectrum, true, delta_tol=0.01):
     assert true.min() - slack <= spectrum.ritz_values[0] <= spectrum.ritz_values[-1] <= true.max() + slack  # the hull
     assert abs(spectrum.weights.sum() - 1) < 1e-12
     assert spectrum.weights.min() >= 0
-    assert (spectrum.basis @ spectrum.basis.T - torch.eye(k, device=spectrum.basis.device)).abs().max() < 1e-10
+    assert spectrum.orthogonality < 1e-10
     nearest = np.abs(true[None] - spectrum.ritz_values[:, None]).min(1)
     assert (nearest <= spectrum.residuals + slack).all()
     threshold = -delta_tol * spectrum.epsilon
@@ -85,7 +86,7 @@ def test_degenerate_spectra_are_exhausted_and_their_ends_exact(eigenvalues):
         a = symmetric(eigenvalues, 0).to(dtype)
         spectrum = lanczos(lambda v: a @ v, start(len(a), dtype=dtype), len(a))
         assert spectrum.exhausted
-        assert spectrum.basis.isfinite().all()
+        assert np.isfinite(spectrum.orthogonality)
         assert np.allclose(spectrum.ritz_values[[0, -1]], [min(eigenvalues), max(eigenvalues)], rtol=tol, atol=10 * tol)
 
 
@@ -170,7 +171,7 @@ def test_an_operation_without_second_derivative_raises():
 def test_bases_stay_orthonormal_in_float32_at_twenty_thousand_parameters():
     d = torch.cat([torch.logspace(-4, 1, 19990), torch.linspace(50, 1000, 10)])
     spectrum = lanczos(lambda v: d * v, start(20000, dtype=torch.float32), 80)
-    assert (spectrum.basis @ spectrum.basis.T - torch.eye(80)).abs().max() < 1e-5
+    assert spectrum.orthogonality < 1e-5
     assert abs(spectrum.ritz_values[-1] - 1000) < 1e-5 * 1000
     top = spectrum.ritz_vector(-1)
     assert abs(top.norm() - 1) < 1e-5
@@ -209,7 +210,7 @@ def test_a_run_without_tolerance_waits_for_the_device_once():
 
 def test_a_tolerance_ends_the_run_early_and_is_kept():
     a, products = symmetric([-50.0, *np.linspace(0, 1, 60), 100.0], 0), []
-    spectrum = lanczos(lambda v: products.append(1) or a @ v, start(62), 60, tol=1e-3)
+    spectrum = lanczos(lambda v: products.append(1) or a @ v, start(62), 60, until=ends(1e-3))
     assert len(products) == len(spectrum.ritz_values) < 30
     assert abs(spectrum.ritz_values[-1] - 100) < 1e-3 * 100
     assert abs(spectrum.ritz_values[0] + 50) < 1e-3 * 100
@@ -249,9 +250,9 @@ def test_layer_spectra_equal_the_dense_jacobians_singular_values(layer):
     output = torch.relu(module.double()(x))
     sigma = torch.linalg.svdvals(dense_jacobian(output, [x])).numpy()
     rms = np.sqrt((sigma**2).sum() / output.numel())
-    exact = layer_spectrum(output, x, start(x.numel()), x.numel())
+    exact = layer_spectrum(output, x, torch.Generator().manual_seed(0), x.numel())
     assert abs(exact.sigma_max - sigma[0]) < 1e-8 * sigma[0]
-    short = [layer_spectrum(output, x, start(x.numel(), seed), 4) for seed in range(40)]
+    short = [layer_spectrum(output, x, torch.Generator().manual_seed(seed), 4) for seed in range(40)]
     assert all(s.sigma_max <= sigma[0] * (1 + 1e-12) for s in short)
     assert all(np.abs(sigma - s.sigma_max).min() <= s.sigma_max_error + 1e-12 for s in short)
     assert np.mean([abs(s.sigma_rms - rms) <= 4 * s.sigma_rms_error for s in short]) >= 0.95
@@ -259,5 +260,5 @@ def test_layer_spectra_equal_the_dense_jacobians_singular_values(layer):
 
 def test_a_layer_that_passes_nothing_has_a_zero_spectrum():
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    dead = layer_spectrum(torch.relu(x - 100), x, start(6))
+    dead = layer_spectrum(torch.relu(x - 100), x, torch.Generator().manual_seed(0))
     assert (dead.sigma_max, dead.sigma_rms, dead.sigma_rms_error) == (0, 0, 0)

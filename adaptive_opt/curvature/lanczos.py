@@ -2,13 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
+from adaptive_opt.curvature.basis import Basis
+from adaptive_opt.curvature.questions import Question, next_look
+from adaptive_opt.curvature.vectors import accumulator, dot, norm
+
 Matvec = Callable[[Tensor], Tensor]
+
+
+class Vectors(Protocol):
+    """The Krylov basis, wherever and however it is kept."""
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """(k,) coefficients -> (n,) vector."""
+        ...
+
+    def orthogonality(self) -> Tensor:
+        """Largest |q_i'q_j - (i = j)| known of."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -17,70 +34,113 @@ class Spectrum:
 
     ritz_values: np.ndarray  # (k,), ascending: eigenvalues of A restricted to the Krylov space
     residuals: np.ndarray  # (k,): some eigenvalue of A lies within residuals[i] of ritz_values[i]
-    weights: np.ndarray  # (k,), sum 1: weight of each Ritz value in the Gauss quadrature of the start vector
-    basis: Tensor  # (k, n), rows orthonormal, on A's device
-    coefficients: np.ndarray  # (k, k): column i holds Ritz vector i in the basis
+    weights: np.ndarray  # (k,), sum 1: weight of each Ritz value in the start vector's quadrature; (0,) after a restart
+    coefficients: np.ndarray  # (j, k): column i holds Ritz vector i in the basis of j vectors
+    vectors: Vectors  # that basis
     exhausted: bool  # the Krylov space is invariant: every Ritz value is an eigenvalue
     dim: int  # n
+    products: int  # with A
+    asymmetry: float = 0.0  # norm of what A did that no symmetric operator does; already within the residuals
+    method: str = "full"  # how the basis was kept: "full", "half", "host", "restarted", "two-pass", "block"
 
     @property
     def epsilon(self) -> float:
         """Largest Ritz magnitude: a lower bound on A's largest eigenvalue magnitude."""
         return float(np.abs(self.ritz_values).max())
 
+    @property
+    def orthogonality(self) -> float:
+        """Largest entry of |Q Q' - I|: how far the basis, as it was kept, is from orthonormal. Costs a pass over it."""
+        return float(self.vectors.orthogonality())
+
     def ritz_vector(self, index: int) -> Tensor:
-        """The Ritz vector of `ritz_values[index]`, shape (n,), unit length up to rounding."""
-        y = torch.as_tensor(self.coefficients[:, index], dtype=self.basis.dtype, device=self.basis.device)
-        return y @ self.basis
+        """The Ritz vector of `ritz_values[index]`, shape (n,), unit length up to rounding.
+
+        After a two-pass run this is the second pass: it costs as many products as the first.
+        """
+        return self.vectors.combine(torch.as_tensor(self.coefficients[:, index]))
 
 
-def lanczos(matvec: Matvec, start: Tensor, num_steps: int, tol: float | None = None, check_every: int = 4) -> Spectrum:
-    """Run `num_steps` products of a symmetric operator from `start` and solve the tridiagonal problem.
+def lanczos(
+    matvec: Matvec,
+    start: Tensor,
+    num_steps: int,
+    *,
+    until: Question | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Spectrum:
+    """Run at most `num_steps` products of a symmetric operator from `start` and solve the tridiagonal problem.
 
     `matvec` maps an (n,) tensor to an (n,) tensor on the same device. Alpha and beta stay on the device; the host is
-    synchronised once, at the end. With `tol` it is synchronised every `check_every` steps too, and the run ends early
-    when the residuals of both ends are below tol * epsilon. Raises ValueError on a step count that cannot be used, and
-    FloatingPointError when the start vector or the first product is not finite.
+    synchronised once, at the end. With `until` (see questions.py) it is synchronised every two to four steps too, and the run
+    ends when the question is answered. `dtype` and `device` say how the basis is kept where that is not as `start` is: in
+    half precision, on the host. Raises ValueError on a step count that cannot be used, and FloatingPointError when the start
+    vector or the first product is not finite.
     """
     n = start.numel()
     m = min(num_steps, n)
     if m < 1:
         raise ValueError(f"lanczos(num_steps={num_steps}) on an operator of size {n}: at least one step is needed")
-    wide = accumulator(start)
-    basis = torch.empty(m, n, dtype=start.dtype, device=start.device)  # (m, n), rows orthonormal
-    alpha = torch.zeros(m, dtype=wide, device=start.device)
-    beta = torch.zeros(m + 1, dtype=wide, device=start.device)
-    beta[m] = norm(start)
-    q = start / beta[m].to(start.dtype)
+    basis = Basis(m, start, dtype, device)
+    steps = torch.zeros(3, m, dtype=accumulator(start), device=start.device)
+    alpha, beta, defect = steps
+    q, before = start / norm(start).to(start.dtype), None
+    look = next_look(0) if until is not None else m
     for j in range(m):
-        basis[j] = q
+        basis.append(q)
         w = matvec(q)
-        alpha[j] = torch.sum(q * w, dtype=wide)
-        known = basis[: j + 1]
-        w = w - (known @ w) @ known
-        w = w - (known @ w) @ known  # twice is enough (Parlett); once loses all orthogonality at n = 270k
+        alpha[j] = dot(q, w)
+        w = torch.addcmul(w, q, alpha[j].to(w.dtype), value=-1)  # a new tensor: matvec may have returned q itself
+        if before is not None:
+            w.addcmul_(before, beta[j - 1].to(w.dtype), value=-1)
+        defect[j] = orthogonalise(w, basis)
         beta[j] = norm(w)
-        q = w / beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny)  # 0 / 0 would make products of NaN
-        if tol is not None and j + 1 < m and (j + 1) % check_every == 0:
-            so_far = _solve(alpha[: j + 1], beta[: j + 1], basis[: j + 1], n)
-            if so_far.exhausted or max(so_far.residuals[0], so_far.residuals[-1]) <= tol * so_far.epsilon:
-                return so_far
-    return _solve(alpha, beta[:m], basis, n)
+        before, q = q, w.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))  # 0 / 0 would make NaN
+        if until is not None and j + 1 == look < m:
+            known = steps[:, : j + 1].cpu().double().numpy()
+            so_far = _spectrum(known, basis)
+            excess = until(so_far)
+            if so_far.exhausted or excess <= 1:
+                break
+            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis)))
+    else:
+        so_far = _spectrum(steps.cpu().double().numpy(), basis)  # the one synchronisation
+    basis.size = len(so_far.ritz_values)  # what follows an exhausted space is noise
+    return so_far
 
 
-def accumulator(like: Tensor) -> torch.dtype:
-    """The dtype for norms and dots: float32 sums lose digits at n >= 1e7. MPS has no float64."""
-    return torch.float32 if like.device.type == "mps" else torch.float64
+def orthogonalise(w: Tensor, basis: Basis) -> Tensor:
+    """Take the basis out of w, in place; returns the norm of what a symmetric operator would not have put there."""
+    first = basis.dots(w)
+    basis.remove(first, w)
+    basis.remove(basis.dots(w), w)  # twice is enough (Parlett); once loses all orthogonality at n = 270k
+    return first.norm()
 
 
-def norm(x: Tensor) -> Tensor:
-    """Euclidean norm, accumulated wide, left on the device."""
-    return torch.linalg.vector_norm(x, dtype=accumulator(x))
+def _spectrum(steps: np.ndarray, basis: Basis) -> Spectrum:
+    alpha, beta, defect = steps
+    n, eps = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps)
+    k, exhausted = usable(alpha, beta, n, eps)
+    theta, s, residuals = ritz(alpha[:k], beta[:k], n, eps)
+    asymmetry = float(np.linalg.norm(defect[:k]))
+    same = basis.rows.dtype == basis.like.dtype
+    return Spectrum(
+        ritz_values=theta,
+        residuals=residuals + asymmetry,
+        weights=s[0] ** 2,
+        coefficients=s,
+        vectors=basis,
+        exhausted=exhausted,
+        dim=n,
+        products=len(alpha),
+        asymmetry=asymmetry,
+        method="half" if not same else "full" if basis.rows.device == basis.like.device else "host",
+    )
 
 
-def _solve(alpha_: Tensor, beta_: Tensor, basis: Tensor, n: int) -> Spectrum:
-    eps = float(torch.finfo(basis.dtype).eps)
-    alpha, beta = torch.stack([alpha_, beta_]).cpu().double().numpy()  # the one synchronisation
+def usable(alpha: np.ndarray, beta: np.ndarray, n: int, eps: float) -> tuple[int, bool]:
+    """How many steps mean something, and whether they end in an invariant subspace."""
     finite = np.isfinite(alpha) & np.isfinite(beta)
     k = len(alpha) if finite.all() else int(np.argmin(finite))
     if k == 0:
@@ -88,19 +148,12 @@ def _solve(alpha_: Tensor, beta_: Tensor, basis: Tensor, n: int) -> Spectrum:
     # An invariant subspace was found where beta vanishes beside what came before: what follows is rounding noise.
     scale = np.maximum.accumulate(np.abs(alpha[:k]) + beta[:k])
     small = beta[:k] <= np.sqrt(n) * eps * scale
-    exhausted = bool(small.any()) or k == n
-    if small.any():
-        k = int(np.argmax(small)) + 1
-    theta, s = scipy.linalg.eigh_tridiagonal(alpha[:k], beta[: k - 1])
-    epsilon = np.abs(theta).max()
-    rounding = 8 * eps * epsilon  # the products themselves are rounded: no bound is better than this
-    tail = 0.0 if exhausted and k == n else beta[k - 1]
-    return Spectrum(
-        ritz_values=theta,
-        residuals=np.abs(tail * s[-1]) + rounding,
-        weights=s[0] ** 2,
-        basis=basis[:k],
-        coefficients=s,
-        exhausted=exhausted,
-        dim=n,
-    )
+    return (int(np.argmax(small)) + 1, True) if small.any() else (k, k == n)
+
+
+def ritz(alpha: np.ndarray, beta: np.ndarray, n: int, eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values (k,), coefficients (k, k) and residual bounds |beta_k s_ki| (k,) of a tridiagonal matrix."""
+    theta, s = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
+    rounding = 8 * eps * np.abs(theta).max()  # the products themselves are rounded: no bound is better than this
+    tail = 0.0 if len(alpha) == n else beta[-1]
+    return theta, s, np.abs(tail * s[-1]) + rounding

@@ -1,0 +1,63 @@
+"""Rows of an orthonormal set, kept as they are, in half precision, or on another device."""
+
+import torch
+from torch import Tensor
+
+from adaptive_opt.curvature.vectors import accumulator, pieces
+
+
+class Basis:
+    """Up to `capacity` orthonormal (n,) vectors. Rows of another dtype or device are widened piece by piece when used.
+
+    `dtype=torch.float16` or `torch.bfloat16` halves the memory of a float32 run; `device="cpu"` keeps the rows on the host.
+    """
+
+    def __init__(self, capacity: int, like: Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
+        self.like, self.size = like.new_empty(0), 0
+        shape = (capacity, like.numel())
+        self.rows = torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device)
+        # entries of a unit vector are of size 1 / sqrt(n), which float16 holds with few digits or none
+        self.scale = like.numel() ** 0.5 if self.rows.dtype == torch.float16 else 1.0
+
+    def append(self, q: Tensor) -> None:
+        self.rows[self.size].copy_(q if self.scale == 1 else q * self.scale)
+        self.size += 1
+
+    def dots(self, w: Tensor) -> Tensor:
+        """(size,): each row times w, accumulated wide over the pieces."""
+        return torch.stack([(self._wide(s) @ w[s]).to(accumulator(w)) for s in pieces(w.numel())]).sum(0) / self.scale
+
+    def remove(self, coefficients: Tensor, w: Tensor) -> None:
+        """w -= rows' coefficients, in place."""
+        c = (coefficients / self.scale).to(w.dtype)
+        for s in pieces(w.numel()):
+            w[s] -= c @ self._wide(s)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """rows' coefficients, (n,), of the first rows."""
+        padded = coefficients.new_zeros(self.size)
+        padded[: len(coefficients)] = -coefficients
+        w = self.like.new_zeros(self.rows.shape[1])
+        self.remove(padded.to(w.device), w)
+        return w
+
+    def replace(self, coefficients: Tensor) -> None:
+        """Rows of coefficients @ rows, (k, size), in the place of the rows; no second basis is needed."""
+        k = len(coefficients)
+        c = coefficients.to(device=self.like.device, dtype=self.like.dtype)
+        for s in pieces(self.rows.shape[1]):
+            self.rows[:k, s] = (c @ self._wide(s)).to(self.rows)
+        self.size = k
+
+    def orthogonality(self) -> Tensor:
+        """Largest entry of |Q Q' - I|, on the device."""
+        wide = accumulator(self.like)
+        gram = torch.zeros(self.size, self.size, dtype=wide, device=self.like.device)
+        for s in pieces(self.rows.shape[1]):
+            block = self._wide(s)
+            gram += (block @ block.T).to(wide)
+        return (gram / self.scale**2 - torch.eye(self.size, dtype=wide, device=gram.device)).abs().max()
+
+    def _wide(self, s: slice) -> Tensor:
+        """Rows in the run's own dtype and device; a view where they already are."""
+        return self.rows[: self.size, s].to(self.like)

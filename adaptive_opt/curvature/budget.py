@@ -1,0 +1,41 @@
+"""Which Lanczos fits into the memory that its vectors may take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaptive_opt.curvature.lanczos import Matvec, Spectrum, lanczos
+from adaptive_opt.curvature.questions import Question
+from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
+from adaptive_opt.curvature.two_pass import two_pass_lanczos
+
+WORTH_RESTARTING = 8  # vectors: with fewer, restarts waste more products than a second pass
+
+
+def lanczos_within(
+    memory: int | None, matvec: Matvec, start: Tensor, num_steps: int, *, until: Question | None = None
+) -> Spectrum:
+    """`lanczos` with its vectors held to `memory` bytes; the Spectrum's `method` says how.
+
+    The first that fits: the whole basis; the basis on the host, if the operator lives on another device; the basis in half
+    precision; a restarted basis of eight vectors or more; no basis (two passes, five vectors). Each needs three vectors beside
+    its basis. Raises ValueError when not even five vectors fit.
+    """
+    n, size = start.numel(), start.element_size()
+    m = min(num_steps, n)
+    if memory is None or (m + 3) * n * size <= memory:
+        return lanczos(matvec, start, num_steps, until=until)
+    if 5 * n * size > memory:
+        raise ValueError(
+            f"memory={memory} bytes: Lanczos needs at least five vectors of {n} entries, {5 * n * size} bytes; give more, or "
+            "measure one layer's parameters"
+        )
+    if start.device.type != "cpu":
+        return lanczos(matvec, start, num_steps, until=until, device="cpu")
+    if size > 2 and m * n * 2 + 3 * n * size <= memory:
+        return lanczos(matvec, start, num_steps, until=until, dtype=torch.float16)
+    rows = memory // (n * size) - 3
+    if rows >= WORTH_RESTARTING:
+        return thick_restart_lanczos(matvec, start, num_steps, rows, until=until)
+    return two_pass_lanczos(matvec, start, num_steps, until=until)

@@ -1,0 +1,94 @@
+"""When a Lanczos run knows enough: what is asked of it, and when it is worth looking.
+
+A question maps a run so far to an excess: the factor by which what is still unknown exceeds what was asked. At 1 or below
+it is answered. The residual is what certifies: an eigenvalue lies within it of the Ritz value. That no eigenvalue lies
+further out is only as sure as the start vector is random (see `outer_ends`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+
+class Known(Protocol):
+    """What a question may look at."""
+
+    @property
+    def ritz_values(self) -> np.ndarray: ...
+    @property
+    def residuals(self) -> np.ndarray: ...
+    @property
+    def epsilon(self) -> float: ...
+
+
+Question = Callable[[Known], float]
+FIRST_LOOK = 3
+
+
+def top(tol: float) -> Question:
+    """lambda_max to `tol` of itself."""
+    return largest(1, tol)
+
+
+def largest(count: int, tol: float) -> Question:
+    """The `count` largest eigenvalues, each to `tol` of itself."""
+
+    def excess(s: Known) -> float:
+        if len(s.ritz_values) < count:
+            return math.inf
+        values, errors = s.ritz_values[-count:], s.residuals[-count:]
+        return float(np.max(errors / np.maximum(tol * np.abs(values), _TINY)))
+
+    return excess
+
+
+def ends(top: float, bottom: float | None = None, floor: float = 0.0) -> Question:
+    """lambda_max to `top` of itself, lambda_min to `bottom` of itself or `floor` of epsilon, whichever is larger.
+
+    With `top` alone, both ends to `top` of epsilon.
+    """
+
+    def excess(s: Known) -> float:
+        scale = s.epsilon
+        of_bottom = top * scale if bottom is None else max(bottom * abs(s.ritz_values[0]), floor * scale)
+        of_top = top * (scale if bottom is None else abs(s.ritz_values[-1]))
+        return float(max(s.residuals[-1] / max(of_top, _TINY), s.residuals[0] / max(of_bottom, _TINY)))
+
+    return excess
+
+
+def negative_below(tau: float) -> Question:
+    """Is lambda_min below -tau * epsilon? See `is_below` for the answer.
+
+    Yes is certain as soon as one Ritz value and the residual of the largest allow no other answer. No is given when the
+    lowest Ritz value has converged above: certain for the eigenvalue found, likely for the spectrum (`outer_ends` says how
+    likely).
+    """
+
+    def excess(s: Known) -> float:
+        margin = -tau * s.epsilon - s.ritz_values[0]  # above 0: below the line
+        unsure = tau * s.residuals.max() if margin > 0 else s.residuals[0]
+        return float(unsure / max(abs(margin), _TINY))
+
+    return excess
+
+
+def is_below(s: Known, tau: float) -> bool | None:
+    """The answer to `negative_below(tau)`; None where the run ended before it was known."""
+    return bool(s.ritz_values[0] < -tau * s.epsilon) if negative_below(tau)(s) <= 1 else None
+
+
+def next_look(step: int, excess: float = math.nan, before: float = math.nan) -> int:
+    """The step at which to look again: where the decay of the excess will have brought it to 1, two to four steps on."""
+    if step == 0:
+        return FIRST_LOOK
+    falls = 0 < excess < before and math.isfinite(before)
+    ahead = math.ceil(math.log(excess) / math.log(before / excess)) if falls else 2
+    return step + min(max(ahead, 2), 4)
+
+
+_TINY = np.finfo(float).tiny

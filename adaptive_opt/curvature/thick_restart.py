@@ -1,0 +1,105 @@
+"""Thick-restart Lanczos: many steps in a small basis (Wu and Simon, 2000)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptive_opt.curvature.basis import Basis
+from adaptive_opt.curvature.lanczos import Matvec, Spectrum
+from adaptive_opt.curvature.questions import Question
+from adaptive_opt.curvature.vectors import accumulator, dot, norm
+
+
+def thick_restart_lanczos(
+    matvec: Matvec,
+    start: Tensor,
+    num_steps: int,
+    basis_size: int,
+    *,
+    until: Question | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Spectrum:
+    """At most `num_steps` products with never more than `basis_size` vectors: full ones are compressed to their end Ritz pairs.
+
+    The host is synchronised once a restart, and `until` is asked then. Of the Spectrum, both ends, their residuals and the
+    count below a threshold hold as in `lanczos`; there is no quadrature any more after a restart (`weights` is empty). Raises
+    ValueError on a basis of fewer than four vectors, and as `lanczos` does.
+    """
+    n = start.numel()
+    if min(num_steps, n) < 1:
+        raise ValueError(
+            f"thick_restart_lanczos(num_steps={num_steps}) on an operator of size {n}: at least one step is needed"
+        )
+    b = min(basis_size, n)
+    if b < min(4, n):
+        raise ValueError(f"thick_restart_lanczos(basis_size={basis_size}): four vectors at least, or nothing can be kept")
+    basis = Basis(b, start, dtype, device)
+    wide = accumulator(start)
+    q = start / norm(start).to(start.dtype)
+    kept, coupling = np.zeros(0), np.zeros(0)
+    products, asymmetry = 0, 0.0
+    while True:
+        k, last = len(kept), min(b, len(kept) + num_steps - products)
+        steps = torch.zeros(3, last, dtype=wide, device=start.device)
+        alpha, beta, defect = steps
+        tie = torch.as_tensor(coupling, dtype=wide, device=start.device)  # (k,): A q against the kept Ritz vectors
+        for j in range(k, last):
+            basis.append(q)
+            w = torch.clone(matvec(q))
+            alpha[j] = dot(q, w)
+            expected = torch.cat([tie if j == k else torch.zeros(max(j - 1, 0), dtype=wide, device=start.device)])
+            expected = expected if j == k else torch.cat([expected, beta[j - 1 : j]])
+            found = basis.dots(w)
+            defect[j] = (found[:j] - expected).norm()
+            basis.remove(found, w)
+            basis.remove(basis.dots(w), w)
+            beta[j] = norm(w)
+            q = w.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))
+        products += last - k
+        spectrum = _spectrum(steps.cpu().double().numpy(), kept, coupling, basis, products, asymmetry)
+        asymmetry = spectrum.asymmetry
+        answered = until is not None and until(spectrum) <= 1
+        if spectrum.exhausted or answered or products >= num_steps:
+            basis.size = len(spectrum.ritz_values)
+            return spectrum
+        # the pairs nearest to both ends, at most half of the basis: the rest is room to grow
+        few = max(b // 2, 1)
+        ends = sorted({*range((few + 1) // 2), *range(last - few // 2, last)})
+        kept = spectrum.ritz_values[ends]
+        coupling = float(beta[last - 1]) * spectrum.coefficients[-1, ends]
+        basis.replace(torch.as_tensor(spectrum.coefficients[:, ends].T))
+
+
+def _spectrum(
+    steps: np.ndarray, kept: np.ndarray, coupling: np.ndarray, basis: Basis, products: int, asymmetry: float
+) -> Spectrum:
+    alpha, beta, defect = steps
+    n, eps, k = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps), len(kept)
+    finite = np.isfinite(alpha) & np.isfinite(beta)
+    size = len(alpha) if finite.all() else int(np.argmin(finite))
+    if size <= k:
+        raise FloatingPointError("thick_restart_lanczos: a matrix-vector product (or the start vector) is not finite")
+    scale = max(np.abs(alpha[:size]).max(), np.abs(kept).max(initial=0.0)) + beta[k:size].max()
+    small = np.flatnonzero(beta[k:size] <= np.sqrt(n) * eps * scale)
+    exhausted = len(small) > 0 or size == n
+    size = k + int(small[0]) + 1 if len(small) else size
+    t = np.diag(np.concatenate([kept, alpha[k:size]]))
+    t[:k, k] = t[k, :k] = coupling
+    for j in range(k, size - 1):
+        t[j, j + 1] = t[j + 1, j] = beta[j]
+    theta, s = np.linalg.eigh(t)
+    rounding = 8 * eps * np.abs(theta).max()
+    asymmetry = float(np.hypot(asymmetry, np.linalg.norm(defect[k:size])))
+    return Spectrum(
+        ritz_values=theta,
+        residuals=np.abs((0.0 if size == n else beta[size - 1]) * s[-1]) + rounding + asymmetry,
+        weights=s[0] ** 2 if k == 0 else np.zeros(0),
+        coefficients=s,
+        vectors=basis,
+        exhausted=exhausted,
+        dim=n,
+        products=products,
+        asymmetry=asymmetry,
+        method="full" if k == 0 else "restarted",
+    )

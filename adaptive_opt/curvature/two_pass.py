@@ -1,0 +1,111 @@
+"""Lanczos without a stored basis: the ends of the spectrum in the memory of five vectors (Cullum and Willoughby, 1985)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptive_opt.curvature.lanczos import Matvec, Spectrum, ritz, usable
+from adaptive_opt.curvature.questions import Question, next_look
+from adaptive_opt.curvature.vectors import accumulator, dot, norm
+
+
+def two_pass_lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, until: Question | None = None) -> Spectrum:
+    """The three-term recurrence alone; `ritz_vector` runs it a second time (the operator must repeat itself exactly).
+
+    Without a basis orthogonality is lost as soon as a Ritz value converges, and copies of it appear. They are removed here:
+    those without weight in the start vector, and those that repeat another within the rounding. So a count of Ritz values is
+    no longer certified against copies that this missed; both ends and their residuals hold (Paige, 1971). `orthogonality` is
+    the largest |q_1'q_j| that was seen. Raises as `lanczos` does.
+    """
+    n = start.numel()
+    m = min(num_steps, n)
+    if m < 1:
+        raise ValueError(f"two_pass_lanczos(num_steps={num_steps}) on an operator of size {n}: at least one step is needed")
+    steps = torch.zeros(4, m, dtype=accumulator(start), device=start.device)
+    alpha, beta, defect, lost = steps
+    size = norm(start)
+    q, before = start / size.to(start.dtype), None
+    look = next_look(0) if until is not None else m
+    for j in range(m):
+        w = matvec(q)
+        alpha[j] = dot(q, w)
+        if before is not None:
+            defect[j] = dot(before, w) - beta[j - 1]
+            lost[j] = dot(start, q) / size
+        before, q = q, _next(w, q, before, steps, j)
+        if until is not None and j + 1 == look < m:
+            known = steps[:, : j + 1].cpu().double().numpy()
+            again = _Again(matvec, start, steps[:2, : j + 1])
+            so_far = _spectrum(known, again)
+            excess = until(so_far)
+            if so_far.exhausted or excess <= 1:
+                return so_far
+            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], again)))
+    return _spectrum(steps.cpu().double().numpy(), _Again(matvec, start, steps[:2]))
+
+
+def _next(w: Tensor, q: Tensor, before: Tensor | None, steps: Tensor, j: int) -> Tensor:
+    """The next Lanczos vector; beta[j] is set on the way."""
+    w = torch.addcmul(w, q, steps[0, j].to(w.dtype), value=-1)
+    if before is not None:
+        w.addcmul_(before, steps[1, j - 1].to(w.dtype), value=-1)
+    steps[1, j] = norm(w)
+    return w.div_(steps[1, j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))
+
+
+@dataclass
+class _Again:
+    """The basis as a recipe: the recurrence run once more."""
+
+    matvec: Matvec
+    start: Tensor
+    steps: Tensor  # (2, k): alpha and beta of the first pass
+    lost: float = 0.0
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        steps = self.steps.clone()
+        c = coefficients.to(self.start)
+        q, before = self.start / norm(self.start).to(self.start.dtype), None
+        y = torch.zeros_like(q)
+        for j in range(len(c)):
+            y.addcmul_(q, c[j])
+            if j + 1 < len(c):
+                before, q = q, _next(self.matvec(q), q, before, steps, j)
+        return y
+
+    def orthogonality(self) -> Tensor:
+        return torch.tensor(self.lost)
+
+
+def _spectrum(steps: np.ndarray, again: _Again) -> Spectrum:
+    alpha, beta, defect, lost = steps
+    n, eps = again.start.numel(), float(torch.finfo(again.start.dtype).eps)
+    k, exhausted = usable(alpha, beta, n, eps)
+    theta, s, residuals = ritz(alpha[:k], beta[:k], n, eps)
+    weights = s[0] ** 2
+    true = _without_copies(theta, weights, eps)
+    asymmetry = float(np.linalg.norm(defect[1:k]))
+    again.lost = float(np.abs(lost[:k]).max())
+    return Spectrum(
+        ritz_values=theta[true],
+        residuals=residuals[true] + asymmetry,
+        weights=weights[true] / weights[true].sum(),
+        coefficients=s[:, true],
+        vectors=again,
+        exhausted=exhausted,
+        dim=n,
+        products=len(alpha),
+        asymmetry=asymmetry,
+        method="two-pass",
+    )
+
+
+def _without_copies(theta: np.ndarray, weights: np.ndarray, eps: float) -> np.ndarray:
+    """Indices, ascending, of the Ritz values that stand for themselves; of copies the one with the largest weight."""
+    width = 100 * eps * np.abs(theta).max()
+    clusters = np.split(np.arange(len(theta)), np.flatnonzero(np.diff(theta) > width) + 1)
+    best = np.array([c[np.argmax(weights[c])] for c in clusters])
+    heavy = weights[best] > eps**2
+    return best[heavy] if heavy.any() else best

@@ -1,0 +1,41 @@
+"""Flat vectors: many tensors as one, and sums that keep their digits at any length."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 20  # entries that are widened at a time, so that a wide sum needs no wide copy of a long vector
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """One (n,) vector out of tensors of any shapes; float32 at least, so that half-precision models can be measured."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors])
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The (n,) vector cut into tensors of the shapes and dtypes of `like`."""
+    pieces = vector.split([t.numel() for t in like])
+    return [piece.view(t.shape).to(t.dtype) for piece, t in zip(pieces, like, strict=True)]
+
+
+def accumulator(like: Tensor) -> torch.dtype:
+    """The dtype for norms and dots: float32 sums lose digits at n >= 1e7. MPS has no float64."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """x'y, accumulated wide, left on the device."""
+    wide = accumulator(x)
+    return torch.stack([torch.dot(x[s].to(wide), y[s].to(wide)) for s in pieces(x.numel())]).sum()
+
+
+def norm(x: Tensor) -> Tensor:
+    """Euclidean norm, accumulated wide, left on the device."""
+    return dot(x, x).sqrt()
+
+
+def pieces(n: int) -> Iterator[slice]:
+    """Consecutive slices of range(n)."""
+    return (slice(a, min(a + PIECE, n)) for a in range(0, n, PIECE))

@@ -1,0 +1,1 @@
+"""The commands of `python -m adaptive_opt`, one a file."""

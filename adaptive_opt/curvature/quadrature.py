@@ -47,8 +47,8 @@ def outer_ends(spectrum: Spectrum, failure: float = 0.01) -> tuple[float, float]
 def condition_number_bound(spectrum: Spectrum) -> float:
     """Certified lower bound on |lambda|_max / |lambda|_min: epsilon / min_i (|theta_i| + residual_i).
 
-    Exact when the Krylov space is exhausted and reaches every eigenvalue; infinite for the zero operator's 0/0 never
-    arises because the residuals include the rounding level.
+    Exact when the Krylov space is exhausted and reaches every eigenvalue. Never infinite, because the residuals include the
+    rounding; NaN for the zero operator.
     """
     smallest = float((np.abs(spectrum.ritz_values) + spectrum.residuals).min())
     return spectrum.epsilon / smallest if smallest > 0 else float("nan")
@@ -63,15 +63,28 @@ def effective_condition_number(spectrum: Spectrum) -> float:
     magnitude = np.maximum(np.abs(spectrum.ritz_values), spectrum.residuals)  # below its residual a value is unknown
     if not magnitude.max() > 0:
         return float("nan")
-    r = float((spectrum.weights * magnitude).sum() * (spectrum.weights / magnitude).sum())
+    w = _weights(spectrum)
+    r = float((w * magnitude).sum() * (w / magnitude).sum())
     c = max(2 * r - 1, 1.0)
     return c + float(np.sqrt(c * c - 1))
 
 
+def quadrature(spectrum: Spectrum, f: np.ndarray) -> np.ndarray:
+    """n sum_i w_i f_i over the last axis of f, (..., k): estimates trace f(A). Raises ValueError after a restart."""
+    return spectrum.dim * (f @ _weights(spectrum))
+
+
+def _weights(spectrum: Spectrum) -> np.ndarray:
+    if len(spectrum.weights) != len(spectrum.ritz_values):
+        raise ValueError(
+            f"a {spectrum.method} Lanczos run has no quadrature: estimates need one that kept its whole basis, or two passes"
+        )
+    return spectrum.weights
+
+
 def _moments(spectrum: Spectrum, f: np.ndarray) -> tuple[float, float]:
     """n E[f] and n E[f^2] under the run's quadrature weights."""
-    w = spectrum.weights
-    return spectrum.dim * float(w @ f), spectrum.dim * float(w @ f**2)
+    return float(quadrature(spectrum, f)), float(quadrature(spectrum, f**2))
 
 
 def _estimate(moments: list[tuple[float, float]], n: int) -> tuple[float, float]:

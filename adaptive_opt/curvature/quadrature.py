@@ -31,13 +31,15 @@ def outer_ends(spectrum: Spectrum, failure: float = 0.01) -> tuple[float, float]
     Kuczynski and Wozniakowski (1992), theorem 4.2: after k steps the largest eigenvalue of a positive semi-definite matrix is
     missed by more than a share x of itself with probability 1.648 sqrt(n) exp(-sqrt(x) (2k - 1)) at most. Applied to
     A - lambda_min and lambda_max - A. It holds for start vectors uniform on the sphere only, not for warm ones; it is far
-    from sharp for spectra with outliers. Infinite while the run is too short to say anything.
+    from sharp for spectra with outliers. Infinite while the run is too short to say anything. A run with b start vectors counts
+    as the k / b steps from one of them that it contains.
     """
     theta, n = spectrum.ritz_values, spectrum.dim
     low, high = float(theta[0] - spectrum.residuals[0]), float(theta[-1] + spectrum.residuals[-1])
     if spectrum.exhausted:
         return low, high
-    share = float((np.log(1.648 * np.sqrt(n) / failure) / (2 * len(theta) - 1)) ** 2)
+    steps = max(len(theta) // spectrum.block, 1)
+    share = float((np.log(1.648 * np.sqrt(n) / failure) / (2 * steps - 1)) ** 2)
     if share >= 0.5:  # both ends are unknown: missed = share * (spread + missed at the one + missed at the other)
         return -np.inf, np.inf
     missed = share * float(theta[-1] - theta[0]) / (1 - 2 * share)

@@ -35,9 +35,8 @@ def extend(basis: Basis, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def between(x: Tensor, y: Tensor) -> Tensor:
     """x y' for x (j, n) and y (k, n), accumulated wide, left on the device."""
-    wide, n = accumulator(x), x.shape[1]
+    wide = accumulator(x)
     total = torch.zeros(len(x), len(y), dtype=wide, device=x.device)
-    step = max(PIECE // max(len(x) + len(y), 1), 1)  # entries at a time, of all rows together
-    for s in pieces(n) if n <= step else (slice(a, min(a + step, n)) for a in range(0, n, step)):
+    for s in pieces(x.shape[1], max(PIECE // (len(x) + len(y)), 1)):  # entries at a time, of all rows together
         total += x[:, s].to(wide) @ y[:, s].to(wide).T
     return total

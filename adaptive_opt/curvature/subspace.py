@@ -21,7 +21,8 @@ def extend(basis: Basis, y: Tensor) -> tuple[Tensor, Tensor]:
     length = norm(y)
     inside = length <= torch.finfo(y.dtype).eps * known
     spare = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(basis.size), dtype=y.dtype, device=y.device)
-    q = torch.where(inside, spare / norm(spare).to(y.dtype), y / length.to(y.dtype).clamp_min(tiny))
+    spare.div_(norm(spare).to(y.dtype))
+    q = torch.where(inside, spare, y.div_(length.to(y.dtype).clamp_min(tiny)), out=y)
     length = torch.where(inside, torch.zeros_like(length), length)
     if basis.size:
         for _ in range(2):  # what the first time left is large beside a y that was all but inside

@@ -44,7 +44,7 @@ def hutchinson(
     tol: float | None = 0.05,
     atol: float = 0,
 ) -> TraceEstimate:
-    """Mean of v'A v over random v. Three vectors of memory; the error falls as |A|_F / sqrt(products).
+    """Mean of v'A v over random v. Four vectors of memory; the error falls as |A|_F / sqrt(products).
 
     `like` is an (n,) tensor of the dtype and on the device of the products; its values do not matter. The run ends when the
     standard error is at most `tol` of |value| or at most `atol`, and at `max_products` with `converged=False`. Every test
@@ -79,7 +79,7 @@ def hutchpp(
     """The trace on a subspace that A was seen to favour, exactly; Hutchinson's mean on what is orthogonal to it.
 
     `rank` vectors span the subspace (2 `rank` products, a third of all vectors by default as in the paper), and are kept beside
-    three more. With a tolerance that is easily met a small rank is cheaper. Arguments, stopping and errors as for
+    four more. With a tolerance that is easily met a small rank is cheaper. Arguments, stopping and errors as for
     `hutchinson`; exact where A has a lower rank or n <= rank.
     """
     k = max_products // 3 if rank is None else rank
@@ -106,6 +106,8 @@ def hutchpp(
             forms[0, j], forms[1, j] = dot(v, w), dot(w, w)
         inside, *pairs = torch.cat([known[None], forms[:, :upto].flatten()]).cpu().double().tolist()
         value, stderr = _mean(np.array(pairs).reshape(2, upto), n - k)
+        if not np.isfinite(inside):
+            raise FloatingPointError("hutchpp: a matrix-vector product is not finite")
         return inside + value, stderr
 
     value, stderr, m = _until(grow, rest if k < n else 0, 1, tol, atol)
@@ -155,10 +157,9 @@ def _left_out(R: np.ndarray, W: np.ndarray, T: np.ndarray, H: np.ndarray, n: int
     if not all(np.isfinite(x).all() for x in (R, W, T, H)):
         raise FloatingPointError("xtrace: a matrix-vector product is not finite")
     k = len(R)
-    R = R.copy()
-    size = np.abs(np.diag(R)).max() or 1.0
-    np.fill_diagonal(R, np.maximum(np.diag(R), 1e-30 * size))  # a rank that is missing: its direction in Q is as good as any
-    S = scipy.linalg.solve_triangular(R, np.eye(k), trans=1)
+    triangle = R / (np.abs(np.diag(R)).max() or 1.0)
+    np.fill_diagonal(triangle, np.maximum(np.diag(triangle), 1e-30))  # a missing rank: its direction in Q is as good as any
+    S = scipy.linalg.solve_triangular(triangle, np.eye(k), trans=1)
     S /= np.linalg.norm(S, axis=0)
     C = S * (S * W).sum(0) - W
     length = n - (W**2).sum(0) + (S * W).sum(0) ** 2  # |u|^2

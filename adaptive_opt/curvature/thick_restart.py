@@ -60,7 +60,8 @@ def thick_restart_lanczos(
             beta[j] = norm(w)
             q = w.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))
         products += last - k
-        spectrum = _spectrum(steps.cpu().double().numpy(), kept, coupling, basis, products, asymmetry)
+        known = steps.cpu().double().numpy()  # the one synchronisation of this restart
+        spectrum = _spectrum(known, kept, coupling, basis, products, asymmetry)
         asymmetry = spectrum.asymmetry
         answered = until is not None and until(spectrum) <= 1
         if spectrum.exhausted or answered or products >= num_steps or len(spectrum.ritz_values) < last:
@@ -70,7 +71,7 @@ def thick_restart_lanczos(
         few = max(b // 2, 1)
         ends = sorted({*range((few + 1) // 2), *range(last - few // 2, last)})
         kept = spectrum.ritz_values[ends]
-        coupling = float(beta[last - 1]) * spectrum.coefficients[-1, ends]
+        coupling = known[1, last - 1] * spectrum.coefficients[-1, ends]
         basis.replace(torch.as_tensor(spectrum.coefficients[:, ends].T))
 
 

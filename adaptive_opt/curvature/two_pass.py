@@ -40,7 +40,7 @@ def two_pass_lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, until: Qu
             again = _Again(matvec, start, steps[:2, : j + 1])
             so_far = _spectrum(known, again)
             excess = until(so_far)
-            if so_far.exhausted or excess <= 1:
+            if so_far.exhausted or excess <= 1 or len(so_far.coefficients) <= j:  # the last: no longer finite
                 return so_far
             look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], again)))
     return _spectrum(steps.cpu().double().numpy(), _Again(matvec, start, steps[:2]))
@@ -75,7 +75,7 @@ class _Again:
             y.addcmul_(q, c[j])
             if j + 1 < len(c):
                 before, q = q, _next(self.matvec(q), q, before, steps, j)
-        return y
+        return y.mul_((c.norm() / norm(y).clamp_min(torch.finfo(y.dtype).tiny)).to(y.dtype))  # a ghost's vector is short
 
     def orthogonality(self) -> Tensor:
         return torch.tensor(self.lost)

@@ -32,12 +32,16 @@ class ProbeMemory:
     clock: Clock = field(default_factory=Clock)
 
     def reprice(self, steps: int) -> None:
-        """Set the price from the clock, rounded up to a power of two so that runs seldom differ by it."""
+        """Set the price from the clock: a power of the square root of two, and no other than it is while it is about right.
+
+        So runs that differ by the clock's noise alone seldom differ in their price.
+        """
         self.clock.settle()
         training = self.clock.total - self.clock.probing
         if steps > 0 and training > 0 and self.spent > 0:
             measured = self.clock.probing / (training / steps) / self.spent
-            self.price = 2.0 ** max(math.ceil(math.log2(measured)), 0) if measured > 0 else 1.0
+            if not self.price / 2 < measured <= 1.1 * self.price:
+                self.price = 2.0 ** max(math.ceil(2 * math.log2(max(measured, 1.0))) / 2, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptive_opt.curvature.vectors import accumulator, dot, norm
+from adaptive_opt.curvature.vectors import accumulator, norm, pieces
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,9 @@ def top_ritz_pair(vectors: Sequence[Tensor], images: Sequence[Tensor]) -> RitzPa
     wide = accumulator(vectors[0])
     k = len(vectors)
     gram = torch.zeros(2, k, k, dtype=wide, device=vectors[0].device)  # X X' and X (A X)'
-    for i, x in enumerate(vectors):
-        for j in range(k):
-            gram[1, i, j] = dot(x, images[j])
-            if j >= i:
-                gram[0, i, j] = gram[0, j, i] = dot(x, vectors[j])
+    for piece in pieces(vectors[0].numel()):
+        X, AX = (torch.stack([v[piece] for v in vs]).to(wide) for vs in (vectors, images))
+        gram += torch.stack([X @ X.T, X @ AX.T])
     s, m = gram.cpu().double()
     length = s.diagonal().sqrt()
     scale = torch.where((length > 0) & length.isfinite(), 1 / length, 0.0)

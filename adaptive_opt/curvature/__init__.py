@@ -19,6 +19,7 @@ from adaptive_opt.curvature.quadrature import (
     trace_estimate,
 )
 from adaptive_opt.curvature.questions import Question, ends, is_below, largest, negative_below, top
+from adaptive_opt.curvature.rayleigh_ritz import RitzPair, top_ritz_pair
 from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
 from adaptive_opt.curvature.trace import TraceEstimate, hutchinson, hutchpp, xtrace
 from adaptive_opt.curvature.two_pass import two_pass_lanczos
@@ -41,6 +42,7 @@ __all__ = [
     "Point",
     "Question",
     "Rebuilt",
+    "RitzPair",
     "Spectrum",
     "Sum",
     "TraceEstimate",
@@ -68,6 +70,7 @@ __all__ = [
     "thick_restart_lanczos",
     "top",
     "top_eigenpairs",
+    "top_ritz_pair",
     "trace_estimate",
     "two_pass_lanczos",
     "unflatten",

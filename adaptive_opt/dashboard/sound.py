@@ -34,7 +34,7 @@ def _record(cls: type) -> Check:
     checks = [(f.name, _check(hints[f.name])) for f in dataclasses.fields(cls)]
 
     def whole(x: Any) -> bool:
-        return type(x) is cls and all([check(getattr(x, name)) for name, check in checks])
+        return type(x) is cls and all(check(getattr(x, name)) for name, check in checks)
 
     return whole
 

@@ -161,7 +161,7 @@ def short(condition: Condition, finding: Finding, reading: Reading | None) -> st
 def _advice(kind: Kind, condition: Condition, report: StepReport) -> str:
     stability = report.reading.stability if report.reading is not None else None
     if condition is Condition.UNSTABLE and stability:
-        return f"{kind.advice}, {report.lr * report.lr_scale / stability:.2g} on this batch"
+        return f"{kind.advice}, {report.lr / stability:.2g} on this batch"
     return kind.advice
 
 

@@ -1,0 +1,38 @@
+"""What probing and treatments have cost so far, against the run's own gradient work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from adaptive_opt.dashboard.figures.style import BLUE, ORANGE, blank, nothing
+from adaptive_opt.dashboard.words import WORDS, lines
+from adaptive_opt.records import StepReport
+
+
+def cost(reports: Sequence[StepReport]) -> go.Figure:
+    """Gradient-equivalents a step, spent up to each step, in percent of one gradient."""
+    fig = blank(y="% of gradient work")
+    if not reports:
+        return nothing(fig, "no step was logged yet")
+    steps = [r.step for r in reports]
+    for word, colour, dash, spent in (
+        ("probing", BLUE, "solid", [r.probe_cost for r in reports]),
+        ("treatment", ORANGE, "dash", [r.treatment_cost for r in reports]),
+    ):
+        fig.add_trace(
+            go.Scatter(
+                x=steps,
+                y=[100 * c / (s + 1) for s, c in zip(steps, spent, strict=True)],
+                name=WORDS[word].label,
+                mode="lines",
+                line={"color": colour, "width": 1.8, "dash": dash},
+                hovertemplate="up to step %{x:,} · <b>%{y:.3g} %</b> " + f"{WORDS[word].label}<br>"
+                f"{lines(WORDS[word].says)}<extra></extra>",
+            )
+        )
+    late = [100 * (r.probe_cost + r.treatment_cost) / (r.step + 1) for r in reports if r.step >= 20]
+    if late:
+        fig.update_layout(yaxis_range=[0, 1.15 * max(*late, 1.0)])  # the first readings are financed by the steps to come
+    return fig

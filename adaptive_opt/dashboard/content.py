@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import unescape
 from typing import Any
 
 from dash import html
@@ -14,6 +15,10 @@ from adaptive_opt.dashboard.words import number
 from adaptive_opt.records import StepReport
 
 SHOWN = 200  # events in the log
+GLYPHS = {
+    "circle": "●", "triangle-up": "▲", "triangle-down": "▼", "square": "■", "diamond": "◆", "star": "★", "star-open": "☆",
+    "x": "✖", "circle-open": "○",
+}  # fmt: skip
 MARKS = {"kept": "✓", "reverted": "✗", "done": "◆", "pending": "○"}
 
 
@@ -52,6 +57,7 @@ def chips(items: Sequence[Chip]) -> list[Any]:
             [
                 html.Span(c.label, className="label"),
                 html.Span(c.value, className="value"),
+                *([] if c.share is None else [_bar(c.share)]),
                 html.Span(c.says, className="tip", role="tooltip"),
             ],
             className="chip",
@@ -61,13 +67,43 @@ def chips(items: Sequence[Chip]) -> list[Any]:
     ]
 
 
-def section(panel: Panel, number: int | None, graph: Any, inside: Sequence[Any] = (), note: str = "") -> Any:
+def _bar(share: float) -> Any:
+    width = f"{100 * min(1.0, max(0.0, share)):.0f}%"
+    return html.Span(html.Span(style={"width": width}), className="meter", **{"aria-hidden": "true"})  # type: ignore[arg-type]
+
+
+def legend(figure: Any) -> list[Any]:
+    """Which line is which, as text that wraps: a figure's own legend takes half of a narrow one."""
+    out, told = [], set()
+    for t in figure.data:
+        if not t.name or t.showlegend is False or t.name in told:
+            continue
+        told.add(t.name)
+        mode, filled = t.mode or "", t.fill is not None
+        colour = (t.fillcolor if filled else t.marker.color if "markers" in mode else t.line.color) or "currentColor"
+        dash = {"solid": "solid", None: "solid"}.get(t.line.dash, "dashed" if "dash" in str(t.line.dash) else "dotted")
+        line = [html.Span(className=f"line {dash}")] if "lines" in mode and not filled else []
+        glyph = ["▬"] if filled else [GLYPHS.get(t.marker.symbol, "●")] if "markers" in mode else []
+        swatch = html.Span([*line, *glyph], className="swatch", style={"color": colour}, **{"aria-hidden": "true"})  # type: ignore[arg-type]
+        out.append(html.Span([swatch, unescape(t.name)], className="entry"))
+    return out
+
+
+def bare(figure: Any) -> Any:
+    """The figure without its own legend."""
+    return figure.update_layout(showlegend=False)
+
+
+def section(
+    panel: Panel, number: int | None, graph: Any, inside: Sequence[Any] = (), entries_of: Sequence[Any] = (), note: str = ""
+) -> Any:
     """One panel; `number` is the key that jumps to it."""
     key = [html.Span(str(number), className="key", title=f"press {number} to come here")] if number else []
     return html.Section(
         [
             html.H2([*key, panel.title], id=f"title-{panel.key}"),
             html.Div(list(inside), className="chips", id=f"chips-{panel.key}"),
+            html.Div(list(entries_of), className="legend", id=f"legend-{panel.key}"),
             graph,
             html.P(note, className="note", id=f"note-{panel.key}"),
         ],
@@ -126,9 +162,9 @@ def help_text() -> Any:
             html.Summary("Help"),
             html.P(
                 "Point at a number, or move to it with Tab, to read what it means and what it does not. Keys: 1 to 6 jump to a "
-                "panel, 7 to the loss, 8 to the cost, L to the log, P pauses. Red: something that ruins a run holds now, or its "
-                "treatment still waits for its verdict. Amber: over but recent, held by a treatment, or lesser. Green: nothing "
-                "stands out. Every number belongs to one batch."
+                "panel, 7 to the loss, 8 to the cost, L to the log, P pauses. Red: something that ruins a run holds now, or "
+                "its treatment still waits for its verdict. Amber: over but recent, held by a treatment, or lesser. Green: "
+                "nothing stands out. Every number belongs to one batch."
             ),
         ],
         className="help",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from plotly.offline import get_plotlyjs
 
 from adaptive_opt.dashboard import content
 from adaptive_opt.dashboard.page import ASSETS, GRAPH
-from adaptive_opt.dashboard.panels import BELOW, PANELS
+from adaptive_opt.dashboard.panels import BELOW, PANELS, Panel
 from adaptive_opt.dashboard.render import to_html
 from adaptive_opt.dashboard.run import Run
 from adaptive_opt.dashboard.status import status
+from adaptive_opt.records import StepReport
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 FRAME = """<!DOCTYPE html>
@@ -48,7 +51,7 @@ def document(run: Run, name: str) -> str:
     """The whole file as text."""
     reports = run.reports
     state = status(reports)
-    every = [*PANELS, *BELOW]
+    drawn = {p.key: p.draw(reports) for p in (*PANELS, *BELOW)}
     last = f" · as it was at step {run.until:,}" if run.until is not None else ""
     body = html.Div(
         [
@@ -57,9 +60,12 @@ def document(run: Run, name: str) -> str:
             html.P(content.facts(reports, run.lines, run.notes) + last, className="facts"),
             html.Main(
                 [
-                    html.Div([_section(p, i, reports) for i, p in enumerate(PANELS, 1)], className="six"),
+                    html.Div([_section(p, i, reports, drawn[p.key]) for i, p in enumerate(PANELS, 1)], className="six"),
                     html.Div(
-                        [*(_section(p, i, reports) for i, p in enumerate(BELOW, 7)), content.logbook(content.log(reports))],
+                        [
+                            *(_section(p, i, reports, drawn[p.key]) for i, p in enumerate(BELOW, 7)),
+                            content.logbook(content.log(reports)),
+                        ],
                         className="below",
                     ),
                 ]
@@ -68,7 +74,7 @@ def document(run: Run, name: str) -> str:
         ],
         className="page",
     )
-    calls = ",\n".join(f'Plotly.newPlot("graph-{p.key}", {figure_json(p.draw(reports))})' for p in every)
+    calls = ",\n".join(f'Plotly.newPlot("graph-{key}", {figure_json(content.bare(figure))})' for key, figure in drawn.items())
     return FRAME.format(
         policy=escape(POLICY),
         title=escape(f"adaptive_opt: {name}"),
@@ -82,13 +88,12 @@ def document(run: Run, name: str) -> str:
 
 def figure_json(figure: Any) -> str:
     """A figure with its configuration as JSON that can stand in a script: no text in it can end the script."""
-    import json
-
     plain = json.loads(figure.to_json())
     text = json.dumps({"data": plain["data"], "layout": plain["layout"], "config": GRAPH})
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").replace("\u2028", "\\u2028")
 
 
-def _section(panel: Any, number: int, reports: Any) -> Any:
+def _section(panel: Panel, number: int, reports: Sequence[StepReport], figure: Any) -> Any:
     graph = html.Div(id=f"graph-{panel.key}", className="graph")
-    return content.section(panel, number, graph, content.chips(panel.chips(reports)), panel.note(reports))
+    chips, legend = content.chips(panel.chips(reports)), content.legend(figure)
+    return content.section(panel, number, graph, chips, legend, panel.note(reports))

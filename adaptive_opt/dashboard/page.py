@@ -116,6 +116,7 @@ def _callbacks(app: Dash, follower: Follower) -> None:
         Output("log", "children"),
         *(Output(f"graph-{p.key}", "figure") for p in every),
         *(Output(f"chips-{p.key}", "children") for p in every),
+        *(Output(f"legend-{p.key}", "children") for p in every),
         *(Output(f"note-{p.key}", "children") for p in every),
         Output("shown", "data"),
         Input("tick", "n_intervals"),
@@ -142,13 +143,15 @@ def _callbacks(app: Dash, follower: Follower) -> None:
             if list(shown or ()) == [name, version, behind]:
                 raise PreventUpdate from None
         state = state or status(reports)
+        drawn = [p.draw(reports) for p in every]
         return (
             content.bar(state),
             f"status {state.light}",
             facts,
             content.log(reports),
-            *(p.draw(reports) for p in every),
+            *(content.bare(fig) for fig in drawn),
             *(content.chips(p.chips(reports)) for p in every),
+            *(content.legend(fig) for fig in drawn),
             *(p.note(reports) for p in every),
             [name, version, behind],
         )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from adaptive_opt.dashboard import figures
 from adaptive_opt.dashboard.figures.layers import called, worries, worst
-from adaptive_opt.dashboard.figures.lipschitz import why as why_no_lipschitz
 from adaptive_opt.dashboard.figures.saddle import stalled
 from adaptive_opt.dashboard.figures.sharpness import advice
 from adaptive_opt.dashboard.figures.spectrum import outliers
@@ -28,6 +27,7 @@ class Chip:
     label: str
     value: str
     says: str
+    share: float | None = None  # 0..1, drawn as a bar below the value
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def _condition(reports: Reports) -> list[Chip]:
 
 def _condition_note(reports: Reports) -> str:
     felt = [r.kappa_effective for r in having(readings(reports), "kappa_effective") if r.kappa_effective]
+    if not felt:
+        return ""
     if len(felt) < 4:
         return f"{_measured(_last(reports, 'kappa'))} Trend: too few readings yet.".strip()
     before, now = median(felt[-6:-3]), median(felt[-3:])
@@ -100,7 +102,8 @@ def _spectrum(reports: Reports) -> list[Chip]:
 
 
 def _spectrum_note(reports: Reports) -> str:
-    return f"{_measured(_last(reports, 'lambda_max'))} Unit of eigenvalues: loss per squared weight.".strip()
+    r = _last(reports, "lambda_max")
+    return f"{_measured(r)} Unit of eigenvalues: loss per squared weight." if r is not None else ""
 
 
 def _saddle(reports: Reports) -> list[Chip]:
@@ -163,10 +166,9 @@ def _sharpness(reports: Reports) -> list[Chip]:
     if r is None:
         return [chip("sharpness_score", None), chip("stability", None), chip("overshoot", None)]
     return [
-        chip("sharpness_score", r.sharpness_score),
+        replace(chip("sharpness_score", r.sharpness_score), share=(r.sharpness_score or 0.0) / 100),
         chip("stability", r.stability, r.stability_error, unit=""),
         chip("overshoot", r.overshoot),
-        chip("epsilon", e.epsilon if (e := _last(reports, "epsilon")) else None, unit=""),
     ]
 
 
@@ -189,8 +191,6 @@ def _lipschitz(reports: Reports) -> list[Chip]:
 
 def _lipschitz_note(reports: Reports) -> str:
     b, r = _last(reports, "lipschitz_bound"), _last(reports, "lipschitz_local")
-    if b is None and r is None:
-        return f"Not measured: {why_no_lipschitz(reports)}."
     if b is not None and r is not None and r.lipschitz_local:
         return f"The bound is {number((b.lipschitz_bound or 0) / r.lipschitz_local)} times what is there. {_measured(r)}"
     return _measured(r or b)

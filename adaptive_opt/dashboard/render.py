@@ -22,6 +22,8 @@ def to_html(part: Any) -> str:
         raise TypeError(f"{plain['type']} has no static form")
     tag = plain["type"].lower()
     given = {k: v for k, v in plain["props"].items() if k != "children" and v is not None}
+    if "style" in given:
+        given["style"] = ";".join(f"{k}:{v}" for k, v in given["style"].items())
     attributes = "".join(f' {ATTRIBUTES.get(k, k)}="{escape(str(v))}"' for k, v in given.items())
     inside = to_html(plain["props"].get("children"))
     return f"<{tag}{attributes}>" if tag in VOID else f"<{tag}{attributes}>{inside}</{tag}>"

@@ -148,8 +148,13 @@ def number(x: float | None, error: float | None = None) -> str:
         return NOT_MEASURED
     if not math.isfinite(x):
         return str(x)
-    shown = f"{x:,.0f}" if float(x).is_integer() and abs(x) < 1e6 else f"{x:.3g}"
-    return f"{shown} ± {error:.2g}" if error is not None and math.isfinite(error) else shown
+    shown = f"{x:,.0f}" if float(x).is_integer() and abs(x) < 1e6 else _short(f"{x:.3g}")
+    return f"{shown} ± {_short(f'{error:.2g}')}" if error is not None and math.isfinite(error) else shown
+
+
+def _short(x: str) -> str:
+    """4.57e+05 as 4.57e5."""
+    return x.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
 def lines(sentence: str, width: int = 46) -> str:

@@ -19,6 +19,7 @@ from adaptive_opt.dashboard.figures.style import (
     having,
     nothing,
     readings,
+    ticks,
 )
 from adaptive_opt.records import StepReport
 
@@ -34,6 +35,7 @@ def compare(runs: Mapping[str, Sequence[StepReport]], height: int = 520) -> go.F
         return nothing(fig, "none of these runs has logged a step yet")
     for name, title, domain in ROWS:
         axis(fig, name, title, log=True, domain=domain, anchor="x")
+    fig.update_layout(xaxis_anchor="y3")
     for (name, reports), colour, dash in zip(runs.items(), COLOURS, DASHES, strict=False):
         felt, limit = (having(readings(reports), field) for field in ("kappa_effective", "stability"))
         known = [(r.step, r.loss) for r in reports if r.loss is not None and r.loss > 0]
@@ -59,4 +61,4 @@ def compare(runs: Mapping[str, Sequence[StepReport]], height: int = 520) -> go.F
                     hovertemplate="%{text}<br>step %{x:,} · %{y:.3g}<extra></extra>",
                 )
             )
-    return fig
+    return ticks(fig)

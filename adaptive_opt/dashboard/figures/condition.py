@@ -7,7 +7,19 @@ from statistics import median
 
 import plotly.graph_objects as go
 
-from adaptive_opt.dashboard.figures.style import BLUE, GREY, SKY, VERMILLION, blank, having, limit, nothing, readings, series
+from adaptive_opt.dashboard.figures.style import (
+    BLUE,
+    GREY,
+    SKY,
+    VERMILLION,
+    blank,
+    having,
+    limit,
+    nothing,
+    readings,
+    series,
+    ticks,
+)
 from adaptive_opt.diagnosis import Thresholds
 from adaptive_opt.records import StepReport
 
@@ -31,7 +43,7 @@ def condition(reports: Sequence[StepReport]) -> go.Figure:
     steps = [r.step for r in (*bound, *felt)]
     act = Thresholds().kappa_effective
     limit(fig, steps, act, f"the rules act above {act:g}", VERMILLION)
-    return fig
+    return ticks(fig)
 
 
 def _trend(fig: go.Figure, steps: list[int], values: list[float]) -> None:

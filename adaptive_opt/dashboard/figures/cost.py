@@ -11,9 +11,9 @@ from adaptive_opt.dashboard.words import WORDS, lines
 from adaptive_opt.records import StepReport
 
 
-def cost(reports: Sequence[StepReport]) -> go.Figure:
+def cost(reports: Sequence[StepReport], height: int = 380) -> go.Figure:
     """Gradient-equivalents a step, spent up to each step, in percent of one gradient."""
-    fig = blank(y="% of gradient work")
+    fig = blank(height, y="% of gradient work")
     if not reports:
         return nothing(fig, "no step was logged yet")
     steps = [r.step for r in reports]
@@ -32,7 +32,8 @@ def cost(reports: Sequence[StepReport]) -> go.Figure:
                 f"{lines(WORDS[word].says)}<extra></extra>",
             )
         )
-    late = [100 * (r.probe_cost + r.treatment_cost) / (r.step + 1) for r in reports if r.step >= 20]
+    settled = max(20, reports[-1].step // 10)
+    late = [100 * max(r.probe_cost, r.treatment_cost) / (r.step + 1) for r in reports if r.step >= settled]
     if late:
         fig.update_layout(yaxis_range=[0, 1.15 * max(*late, 1.0)])  # the first readings are financed by the steps to come
     return fig

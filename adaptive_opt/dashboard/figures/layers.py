@@ -50,8 +50,8 @@ def layers(reports: Sequence[StepReport]) -> go.Figure:
     fig.update_layout(
         xaxis={"type": "category", "nticks": 5, "tickangle": 0, "showgrid": False},
         yaxis={
-            "tickvals": shown, "ticktext": [escape(_short(names[i])) for i in shown], "autorange": "reversed", "showgrid": False,
-            "title": {"text": ""}, "tickfont": {"size": 10},
+            "tickvals": shown, "ticktext": [escape(_short(names[i])) for i in shown], "tickfont": {"size": 10},
+            "autorange": "reversed", "showgrid": False,
         },
     )  # fmt: skip
     return fig

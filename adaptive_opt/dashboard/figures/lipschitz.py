@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from adaptive_opt.dashboard.figures.style import BLUE, ORANGE, blank, having, nothing, readings, series
+from adaptive_opt.dashboard.figures.style import BLUE, ORANGE, blank, having, nothing, readings, series, ticks
 from adaptive_opt.records import StepReport
 
 
@@ -21,11 +21,9 @@ def lipschitz(reports: Sequence[StepReport]) -> go.Figure:
         series(fig, [r.step for r in bound], [r.lipschitz_bound for r in bound], "lipschitz_bound", ORANGE, "bound ≤",
                symbol="triangle-down", line="dot")  # fmt: skip
     if local:
-        error = [r.lipschitz_local_error for r in local]
-        series(
-            fig, [r.step for r in local], [r.lipschitz_local for r in local], "lipschitz_local", BLUE, "local ≥", error=error
-        )
-    return fig
+        steps, error = [r.step for r in local], [r.lipschitz_local_error for r in local]
+        series(fig, steps, [r.lipschitz_local for r in local], "lipschitz_local", BLUE, "local ≥", error=error)
+    return ticks(fig)
 
 
 def why(reports: Sequence[StepReport]) -> str:

@@ -36,8 +36,9 @@ def saddle(reports: Sequence[StepReport]) -> go.Figure:
     if not full:
         return nothing(fig, "negative curvature is looked for in full readings, and this run has none yet")
     steps = [r.step for r in full]
-    axis(fig, "yaxis", "% of epsilon", domain=[0.55, 1.0])
-    axis(fig, "yaxis2", "directions", domain=[0.0, 0.42], anchor="x", rangemode="tozero")
+    axis(fig, "yaxis", "% of epsilon", domain=[0.53, 1.0])
+    axis(fig, "yaxis2", "directions", domain=[0.0, 0.43], anchor="x", rangemode="tozero")
+    fig.update_layout(xaxis_anchor="y2")
     shares = [100 * (r.lambda_min or 0.0) / (r.epsilon or 1.0) for r in full]
     errors = [100 * (r.lambda_min_error or 0.0) / (r.epsilon or 1.0) for r in full]
     series(fig, steps, shares, "lambda_min", BLUE, "lambda_min", error=errors)

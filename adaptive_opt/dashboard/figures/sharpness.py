@@ -18,6 +18,7 @@ from adaptive_opt.dashboard.figures.style import (
     nothing,
     readings,
     series,
+    ticks,
 )
 from adaptive_opt.diagnosis import Thresholds
 from adaptive_opt.records import Reading, StepReport
@@ -43,7 +44,7 @@ def sharpness(reports: Sequence[StepReport]) -> go.Figure:
     limit(fig, steps, 1.0, "edge of stability", GREY, "dot")
     unstable = Thresholds().unstable
     limit(fig, steps, unstable, f"the rules look above {unstable:g}", VERMILLION)
-    return fig
+    return ticks(fig)
 
 
 def why(reports: Sequence[StepReport]) -> str:
@@ -63,4 +64,4 @@ def advice(r: Reading, lr: float) -> str:
         return f"Above the limit of {lr / s:.2g}, but this step does not overshoot: healthy starts look so. Watch the loss."
     if s > t.sharp:
         return "At the edge of stability: normal, and no alarm. A flatter minimum would need a validation loss and SAM."
-    return f"Room: the step is at {s:.0%} of its limit, which would be a learning rate of {lr / s:.2g} on this batch."
+    return f"Room: the step is at {100 * s:.2g} % of its limit, which would be a learning rate of {lr / s:.2g} on this batch."

@@ -32,14 +32,14 @@ def spectrum(reports: Sequence[StepReport]) -> go.Figure:
     _spikes(fig, r, zero, floor)
     reach = _bent(r.epsilon or 1.0, zero) * 1.12
     ends = _ticks(r.epsilon or 1.0, zero)
-    low = -reach if min(r.ritz_values) < -zero else -reach * 0.25
+    low = min(_bent(min(r.ritz_values), zero) * 1.3, -reach * 0.2)
     fig.update_layout(
         xaxis={
             "tickvals": [_bent(t, zero) for t in ends if _bent(t, zero) >= low],
             "ticktext": [f"{t:.2g}" for t in ends if _bent(t, zero) >= low],
             "range": [low, reach],
         },
-        yaxis={"range": [math.log10(floor), 0.3]},
+        yaxis={"range": [math.log10(floor), 0.3], "dtick": max(1, math.ceil(-math.log10(floor) / 5))},
     )
     for at, name in ((r.lambda_min_outer, "none below (99 %)"), (r.lambda_max_outer, "none above (99 %)")):
         if at is not None:

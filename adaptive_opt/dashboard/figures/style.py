@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -54,6 +55,23 @@ def axis(fig: go.Figure, name: str, title: str = "", log: bool = False, **more: 
             **more,
         }
     })  # fmt: skip
+
+
+def ticks(fig: go.Figure) -> go.Figure:
+    """Whole powers of ten on logarithmic axes where there are enough of them, else 1, 2 and 5 written out."""
+    traces: Sequence[Any] = fig.data
+    for axis in fig.select_yaxes(lambda a: a.type == "log"):
+        mine = axis.plotly_name.replace("axis", "")
+        values = [math.log10(y) for t in traces if (t.yaxis or "y") == mine for y in t.y or () if y is not None and y > 0]
+        low, high = (min(values), max(values)) if values else (-1.0, 1.0)
+        if high - low > 1.5:
+            axis.dtick = max(1, math.ceil((high - low) / 4))
+        else:
+            axis.tickvals = [m * 10.0**k for k in range(math.floor(low) - 1, math.ceil(high) + 1) for m in (1, 2, 5)]
+            axis.ticktext = [f"{t:.1g}" for t in axis.tickvals]
+            middle, half = (low + high) / 2, max((high - low) / 2 * 1.15, 0.35)
+            axis.range = [middle - half, middle + half]
+    return fig
 
 
 def series(

@@ -9,7 +9,7 @@ from statistics import median
 
 import plotly.graph_objects as go
 
-from adaptive_opt.dashboard.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, axis, blank, nothing
+from adaptive_opt.dashboard.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, axis, blank, nothing, ticks
 from adaptive_opt.dashboard.log import Entry, entries
 from adaptive_opt.dashboard.words import WORDS, lines
 from adaptive_opt.records import StepReport
@@ -17,7 +17,7 @@ from adaptive_opt.records import StepReport
 MARKS = {  # outcome -> name, colour, symbol
     "kept": ("treatment kept", GREEN, "star"),
     "reverted": ("taken back", VERMILLION, "x"),
-    "pending": ("on trial", ORANGE, "circle-open"),
+    "pending": ("on trial", VERMILLION, "circle-open"),
     "done": ("done", PURPLE, "diamond"),
 }
 SMOOTH = 15  # reports: the running median
@@ -30,17 +30,18 @@ def training(reports: Sequence[StepReport], height: int = 380) -> go.Figure:
         return nothing(fig, "no step was logged yet")
     known = [(r.step, r.loss) for r in reports if r.loss is not None]
     log = all(loss > 0 for _, loss in known) and bool(known)
-    axis(fig, "yaxis", "loss", log, domain=[0.46, 1.0])
+    axis(fig, "yaxis", "loss", log, domain=[0.42, 1.0])
     axis(fig, "yaxis2", "learning rate", True, domain=[0.0, 0.36], anchor="x")
+    fig.update_layout(xaxis_anchor="y2")
     _loss(fig, known)
     steps, lr = [r.step for r in reports], [r.lr for r in reports]
     held = [r.lr * r.lr_scale for r in reports]
     _curve(fig, steps, lr, "the user's lr", GREY, "dash", "lr", yaxis="y2")
-    _curve(fig, steps, held, "effective lr", BLUE, "solid", "lr", yaxis="y2")
+    _curve(fig, steps, held, "effective lr", ORANGE, "solid", "lr", yaxis="y2")
     told = entries(r for r in reports if r.events)
     for outcome in MARKS:
         _marks(fig, [e for e in told if e.event.outcome == outcome], outcome, known, steps, held)
-    return fig
+    return ticks(fig)
 
 
 def _loss(fig: go.Figure, known: list[tuple[int, float]]) -> None:

@@ -1,4 +1,4 @@
-"""`python -m adaptive_opt COMMAND`: each command is a file of adaptive_opt/commands, `arguments(parser)` and `run(args)`."""
+"""`python -m adaptive_opt COMMAND`: a command is a file of adaptive_opt/commands with `arguments(parser)` and `run(args)`."""
 
 from __future__ import annotations
 

@@ -20,11 +20,13 @@ from adaptive_opt.diagnosis import diagnose
 from adaptive_opt.gate import Gate
 from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, RunningStatistics, Snapshot
 from adaptive_opt.interventions.base import copied
+from adaptive_opt.layers import with_drift
+from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.modes.base import overridden
 from adaptive_opt.objective import Objective, ReplayError
 from adaptive_opt.policy import Policy
-from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe, ProbeMemory
+from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
 from adaptive_opt.records import Decision, Event, History, LayerReading, Reading, StepReport, Trend
 from adaptive_opt.signals import Signals
 from adaptive_opt.verify import Trial
@@ -117,6 +119,7 @@ class Controller:
         )
         self.steps += 1
         self.gate.forget()
+        self.probe.keep_time(self.steps, self.memory, all_params(self.base)[0].device)
         return report
 
     def pass_on(self, count: bool = True) -> StepReport:
@@ -199,7 +202,8 @@ class Controller:
             return None
         layers_too = kind == "full" or self.first_layers is None
         try:
-            return self._read(ctx.objective, ctx.mode, kind, layers=layers_too)
+            with self.memory.clock.measuring(all_params(self.base)[0].device):
+                return self._read(ctx.objective, ctx.mode, kind, layers=layers_too)
         except Exception as error:
             self._distrust(error, events)
             return None
@@ -209,6 +213,7 @@ class Controller:
         base = self.base if mode.steps_as_base else None
         model, left_out = self.gate.model, self.gate.unmeasured()
         reading = self.probe.measure(objective, base, model, self.memory, self.steps, kind, whole=whole, layers=layers)
+        reading = replace(reading, layers=with_drift(reading.layers, self.first_layers or ()))
         return replace(reading, notes=(*reading.notes, f"not measured: {left_out}")) if left_out else reading
 
     def _trust(self, ctx: StepContext, events: list[Event]) -> bool:

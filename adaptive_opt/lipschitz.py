@@ -30,7 +30,7 @@ class Lipschitz:
     local: float  # a lower bound from few steps
     local_error: float  # a singular value lies within this of local
     bound: float | None  # product of the segments' largest singular values plus their errors; None: a segment failed
-    note: str  # of what it was measured
+    note: str  # what is unusual about it, or empty
     segments: int = 1  # factors of the bound
 
 
@@ -58,7 +58,6 @@ def measure_lipschitz(
         notes.append("no tensor between input and output carries everything: the bound is local + error")
         return Lipschitz(whole.sigma_max, whole.sigma_max_error, whole.sigma_max + whole.sigma_max_error, "; ".join(notes))
     chain = [trace.input, *separators, trace.output]
-    notes.append(f"the bound is a product over {len(chain) - 1} segments")
     bound: float | None = 1.0
     try:
         for before, after in pairwise(chain):

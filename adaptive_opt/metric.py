@@ -62,14 +62,11 @@ Rule = Callable[[Group, dict[str, Any], Tensor], tuple[Tensor, Tensor]]
 
 
 def _rule(base: Optimizer, group: Group) -> Rule | None:
-    name = family(base)
-    if name == "SGD":
-        return _sgd
-    return {"RAdam": _radam, "RMSprop": _rmsprop, "Adagrad": _adagrad}.get(name or "", _adam if name in ADAM else None)
+    return RULES.get(family(base) or "")
 
 
 def _limit(base: Optimizer, group: Group) -> float:
-    if family(base) in ADAM:
+    if family(base) in (*ADAM, "Adamax"):
         beta1 = float(group["betas"][0])
         return 2 * (1 + beta1) / (1 - beta1)
     beta = float(group.get("momentum", 0.0))
@@ -127,3 +124,30 @@ def _adagrad(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Te
     t = float(state.get("step", 0))
     decay = 1 + t * float(group["lr_decay"])
     return 1 / ((total.sqrt() + float(group["eps"])) * decay), g
+
+
+def _adamax(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    beta1, beta2 = (float(b) for b in group["betas"])
+    t = float(state.get("step", 0)) + 1
+    m = (1 - beta1) * g + (beta1 * state["exp_avg"] if "exp_avg" in state else 0)
+    largest = g.abs() + float(group["eps"])
+    if "exp_inf" in state:
+        largest = torch.maximum(beta2 * state["exp_inf"], largest)
+    return 1 / largest, m / (1 - beta1**t)
+
+
+def _adadelta(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
+    rho, eps = float(group["rho"]), float(group["eps"])
+    v = (1 - rho) * g * g + (rho * state["square_avg"] if "square_avg" in state else 0)
+    return ((state["acc_delta"] if "acc_delta" in state else torch.zeros_like(g)) + eps).sqrt() / (v + eps).sqrt(), g
+
+
+RULES: dict[str, Rule] = {
+    "SGD": _sgd,
+    **dict.fromkeys(ADAM, _adam),
+    "RAdam": _radam,
+    "Adamax": _adamax,
+    "RMSprop": _rmsprop,
+    "Adagrad": _adagrad,
+    "Adadelta": _adadelta,
+}

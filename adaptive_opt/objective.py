@@ -136,6 +136,11 @@ class Objective:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield self._evaluate
 
+    def parts(self, evaluate: Callable[[], Tensor]) -> list[Callable[[], Tensor]]:
+        """What adds up to the loss, inside of `replay`: one evaluation for each batch, or `evaluate` alone."""
+        pieces: Sequence[Callable[[], Tensor]] = getattr(self.source, "pieces", ())
+        return [lambda piece=piece: self._checked(piece) for piece in pieces] or [evaluate]
+
     def loss(self) -> float:
         """The loss at the parameters' present values; no backward of ours (a PINN's loss may need its own)."""
         with self.replay() as evaluate:
@@ -156,8 +161,11 @@ class Objective:
         return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]
 
     def _evaluate(self) -> Tensor:
+        return self._checked(self.source.evaluate)
+
+    def _checked(self, evaluate: Callable[[], Any]) -> Tensor:
         torch.clear_autocast_cache()  # where `step` is called under autocast it holds casts of other parameters
-        loss = self.source.evaluate()
+        loss = evaluate()
         if not isinstance(loss, Tensor):
             raise ReplayError(f"the loss is {type(loss).__name__}, not a tensor: return the loss tensor itself")
         if loss.numel() != 1:

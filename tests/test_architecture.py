@@ -16,7 +16,11 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "metric": {"curvature", "family"},
     "layers": {"curvature", "records"},
     "lipschitz": {"curvature", "layers"},
-    "probe": {"curvature", "objective", "metric", "layers", "records"},
+    "clock": set(),
+    "memory": {"clock"},
+    "schedule": {"memory", "records"},
+    "spectra": {"curvature", "memory", "metric", "records"},
+    "probe": {"curvature", "layers", "lipschitz", "memory", "metric", "objective", "records", "schedule", "spectra"},
     "signals": {"records"},
     "diagnosis": {"records"},
     "policy": {"records"},
@@ -25,12 +29,17 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "modes": {"family", "objective", "records"},
     "interventions": {"family", "modes", "objective", "records", "curvature", "probe"},
     "controller": {
-        "capture", "diagnosis", "gate", "interventions", "modes", "objective", "policy", "probe", "records", "signals",
-        "verify",
+        "capture", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "objective", "policy", "probe",
+        "records", "signals", "verify",
     },
     "optimizer": {"capture", "controller", "interventions", "modes", "policy", "probe", "records"},
-    "checkup": {"capture", "objective", "probe", "records"},
+    "checkup": {"capture", "memory", "objective", "probe", "records"},
+    "commands": {"checkup", "curvature", "dashboard", "page", "telemetry", "verdict"},
+    "verdict": {"records"},
+    "page": {"records", "verdict"},
+    "__main__": {"commands"},
     "telemetry": {"records"},
+    "dashboard": {"diagnosis", "records", "signals", "telemetry"},
 }  # fmt: skip
 FILES = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
 

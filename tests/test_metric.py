@@ -16,6 +16,9 @@ EXACT = {
     "adam with other betas": lambda p: optim.Adam(p, lr=0.01, betas=(0.5, 0.9), eps=1e-3),
     "amsgrad": lambda p: optim.Adam(p, lr=0.01, betas=(0.9, 0.5), amsgrad=True),
     "adamw": lambda p: optim.AdamW(p, lr=0.01, weight_decay=0),
+    "adamax": lambda p: optim.Adamax(p, lr=0.01),
+    "adadelta": lambda p: optim.Adadelta(p, lr=0.5),
+    "adadelta with a larger eps": lambda p: optim.Adadelta(p, lr=1.0, rho=0.8, eps=1e-3),
     "adagrad": lambda p: optim.Adagrad(p, lr=0.1),
     "adagrad with decay": lambda p: optim.Adagrad(p, lr=0.1, lr_decay=0.2, initial_accumulator_value=0.5),
 }
@@ -170,7 +173,9 @@ def test_only_a_base_with_momentum_in_every_group_averages():
 
 def test_a_zero_gradient_gives_a_finite_metric():
     w = nn.Parameter(torch.ones(3))
-    for make in (optim.SGD, optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad):
+    for make in (
+        optim.SGD, optim.Adam, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop, optim.Adagrad, optim.Adadelta,
+    ):  # fmt: skip
         m = metric(make([w], lr=0.1), {w: torch.zeros(3)})
         assert m.root.isfinite().all()
         assert not m.momentum.any()
@@ -178,7 +183,7 @@ def test_a_zero_gradient_gives_a_finite_metric():
 
 def test_unknown_and_maximizing_optimizers_have_no_metric():
     w = nn.Parameter(torch.ones(2))
-    for base in (optim.Adamax([w]), optim.SGD([w], lr=0.1, maximize=True)):
+    for base in (optim.Rprop([w]), optim.SGD([w], lr=0.1, maximize=True)):
         assert metric(base, {w: torch.ones(2)}) is None
     assert metric(optim.SGD([w], lr=0.1), {}) is None  # no gradient, no step
 

@@ -12,9 +12,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adaptive_opt.curvature import flatten
+from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.objective import GivenLoss, Objective
-from adaptive_opt.probe import FINANCED, LanczosProbe, ProbeMemory
+from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Trend
+from adaptive_opt.schedule import FINANCED
 
 BASES = {
     "sgd": (lambda p: optim.SGD(p, lr=0.1), 2.0),

@@ -17,6 +17,7 @@ from adaptive_opt.curvature.quadrature import (
     trace_estimate,
 )
 from adaptive_opt.curvature.questions import Question, ends, is_below, largest, negative_below, top
+from adaptive_opt.curvature.rayleigh_ritz import RitzPair, top_ritz_pair
 from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
 from adaptive_opt.curvature.two_pass import two_pass_lanczos
 from adaptive_opt.curvature.vectors import flatten, unflatten
@@ -36,6 +37,7 @@ __all__ = [
     "Point",
     "Question",
     "Rebuilt",
+    "RitzPair",
     "Spectrum",
     "Sum",
     "block_lanczos",
@@ -58,6 +60,7 @@ __all__ = [
     "thick_restart_lanczos",
     "top",
     "top_eigenpairs",
+    "top_ritz_pair",
     "trace_estimate",
     "two_pass_lanczos",
     "unflatten",

@@ -51,7 +51,7 @@ def describe_run(config: Mapping[str, Any] | None = None, seed: int | None = Non
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "seed": seed,
-        "config": _plain(dict(config)) if config is not None else None,
+        "config": plain(dict(config)) if config is not None else None,
         "versions": {"python": platform.python_version(), **versions},
         "git": _revision(),
     }
@@ -59,7 +59,7 @@ def describe_run(config: Mapping[str, Any] | None = None, seed: int | None = Non
 
 def to_json(report: StepReport) -> str:
     """One line. A number that is NaN or infinite is null: JSON has neither."""
-    return json.dumps(_plain({"schema": SCHEMA, **asdict(report)}), allow_nan=False)
+    return json.dumps(plain({"schema": SCHEMA, **asdict(report)}), allow_nan=False)
 
 
 def from_json(line: str) -> StepReport:
@@ -95,11 +95,12 @@ def _decision(d: dict[str, Any]) -> Decision:
     return Decision(**{**d, "interventions": tuple(d["interventions"]), "reasons": tuple(d["reasons"])})
 
 
-def _plain(x: Any) -> Any:
+def plain(x: Any) -> Any:
+    """The same in what JSON knows: NaN and infinity are null, anything strange is its text."""
     if isinstance(x, Mapping):
-        return {str(k): _plain(v) for k, v in x.items()}
+        return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_plain(v) for v in x]
+        return [plain(v) for v in x]
     if isinstance(x, float):
         return x if math.isfinite(x) else None
     return x if x is None or isinstance(x, (str, int, bool)) else str(x)

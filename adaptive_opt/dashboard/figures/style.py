@@ -59,7 +59,7 @@ def axis(fig: go.Figure, name: str, title: str = "", log: bool = False, **more: 
 
 def ticks(fig: go.Figure) -> go.Figure:
     """Whole powers of ten on logarithmic axes where there are enough of them, else 1, 2 and 5 written out."""
-    traces: Sequence[Any] = fig.data
+    traces: Any = fig.data
     for axis in fig.select_yaxes(lambda a: a.type == "log"):
         mine = axis.plotly_name.replace("axis", "")
         values = [math.log10(y) for t in traces if (t.yaxis or "y") == mine for y in t.y or () if y is not None and y > 0]

@@ -27,18 +27,21 @@ while (walker.nextNode()) {
   range.selectNodeContents(node);
   for (const r of range.getClientRects()) {
     if (r.width < 1 || r.height < 1) continue;
-    if (scroll && (r.bottom > scroll.getBoundingClientRect().bottom || r.top < scroll.getBoundingClientRect().top)) continue;
+    if (scroll && r.bottom > scroll.getBoundingClientRect().bottom) continue;
     const slack = parent.closest("svg") ? 3 : 2;  // of a line box, above and below the letters
-    boxes.push({text: node.data.trim().slice(0, 40), node: parent, l: r.left, r: r.right, t: r.top + slack, b: r.bottom - slack});
+    const text = node.data.trim().slice(0, 40);
+    boxes.push({text, node: parent, l: r.left, r: r.right, t: r.top + slack, b: r.bottom - slack});
   }
 }
 const found = [];
 for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++) {
   const a = boxes[i], b = boxes[j];
   if (a.node === b.node) continue;
-  if (Math.min(a.r, b.r) - Math.max(a.l, b.l) > 1 && Math.min(a.b, b.b) - Math.max(a.t, b.t) > 1) found.push(a.text + " | " + b.text);
+  const across = Math.min(a.r, b.r) - Math.max(a.l, b.l), down = Math.min(a.b, b.b) - Math.max(a.t, b.t);
+  if (across > 1 && down > 1) found.push(a.text + " | " + b.text);
 }
-const wide = boxes.filter((x) => x.l < -1 || x.r > document.documentElement.clientWidth + 1).map((x) => "sticks out: " + x.text);
+const width = document.documentElement.clientWidth;
+const wide = boxes.filter((x) => x.l < -1 || x.r > width + 1).map((x) => "sticks out: " + x.text);
 return [boxes.length, found.concat(wide)];
 """
 

@@ -94,8 +94,16 @@ def _findings(reports: Sequence[StepReport], log: Sequence[Entry]) -> list[Alert
             continue  # the entry tells it
         if condition is Condition.UNSTABLE and shown.lr_scale < 1:
             continue  # of the user's step: the one that is taken is held below the limit
-        advice = kind.advice if condition is Condition.SHARP else f"recommended: {_advice(kind, condition, shown)}"
-        out.append(Alert(kind.light, kind.word, short(condition, finding, shown.reading), advice, shown.step))
+        tried = next((e for e in reversed(log) if e.event.name in kind.treatments and e.event.outcome == "reverted"), None)
+        if tried is not None:
+            action = (
+                f"{tried.event.name} was tried at step {tried.event.step:,} and taken back; it waits before it is tried again"
+            )
+        elif condition is Condition.SHARP:
+            action = kind.advice
+        else:
+            action = f"recommended: {_advice(kind, condition, shown)}"
+        out.append(Alert(kind.light, kind.word, short(condition, finding, shown.reading), action, shown.step))
     return out
 
 

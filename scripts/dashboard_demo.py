@@ -1,6 +1,6 @@
 """python scripts/dashboard_demo.py [--port P] [--steps N] [--out DIR]: the dashboard, live, while a sick run is treated.
 
-AdamW at a hundred times its learning rate, 1 % of the batches broken, on real MNIST images; a full reading every 25 steps,
+AdamW at a hundred times its learning rate, 1 % of the batches broken, on real MNIST images; a full reading every 50 steps,
 so that every panel has something to show (that costs far more than the usual 5 %: see the panel on cost). A healthy run
 follows, to be chosen and compared. `--train` trains without serving.
 """
@@ -34,7 +34,7 @@ def train(folder: Path, steps: int) -> None:
         sink = JsonlSink(folder / name, {"lr": lr, "faults": rate, "steps": steps}, seed=0)
         task = MNIST(seed=0, steps=steps)
         base = torch.optim.AdamW(task.model.parameters(), lr=lr)
-        probe = LanczosProbe(every=25)
+        probe = LanczosProbe(every=50)
         optimizer = AdaptiveOptimizer(base, task.model, loss_fn=task.loss_fn, probe=probe, sinks=[sink])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ FLAGS = (
 
 # Rectangles of all visible text, in HTML and in SVG, that overlap another's by more than a pixel; hints are not shown yet.
 OVERLAPS = """
-const boxes = [];
+const boxes = [], cut = [];
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
   const node = walker.currentNode, parent = node.parentElement;
@@ -29,6 +29,8 @@ while (walker.nextNode()) {
     if (r.width < 1 || r.height < 1) continue;
     if (scroll && r.bottom > scroll.getBoundingClientRect().bottom) continue;
     const slack = parent.closest("svg") ? 3 : 2;  // of a line box, above and below the letters
+    const frame = parent.closest(".main-svg")?.getBoundingClientRect();
+    if (frame && (r.left < frame.left - 1 || r.right > frame.right + 1)) cut.push("cut: " + node.data.trim().slice(0, 40));
     const text = node.data.trim().slice(0, 40);
     boxes.push({text, node: parent, l: r.left, r: r.right, t: r.top + slack, b: r.bottom - slack});
   }
@@ -42,7 +44,7 @@ for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++
 }
 const width = document.documentElement.clientWidth;
 const wide = boxes.filter((x) => x.l < -1 || x.r > width + 1).map((x) => "sticks out: " + x.text);
-return [boxes.length, found.concat(wide)];
+return [boxes.length, found.concat(wide, cut)];
 """
 
 

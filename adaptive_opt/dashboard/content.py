@@ -24,12 +24,14 @@ MARKS = {"kept": "✓", "reverted": "✗", "done": "◆", "pending": "○"}
 
 def bar(status: Status) -> list[Any]:
     """The inside of the status bar: the light in a word too, the headline, and the other alerts."""
+    headed = next((a for a in status.alerts if a.sentence() == status.headline), None)
+    when = [] if headed is None else [html.Span(f"step {headed.step:,}", className="when")]
     others = [a for a in status.alerts if a.sentence() != status.headline]
     rest = html.Ul(
         [html.Li([html.B(f"step {a.step:,} "), a.sentence()], className=a.light) for a in others], className="alerts"
     )
     return [
-        html.Div([html.Span(status.light.upper(), className="light"), html.Span(status.headline, className="headline")]),
+        html.Div([html.Span(status.light.upper(), className="light"), *when, html.Span(status.headline, className="headline")]),
         *([rest] if others else []),
     ]
 

@@ -11,7 +11,7 @@ from typing import Any
 from adaptive_opt.dashboard import figures
 from adaptive_opt.dashboard.figures.layers import called, worries, worst
 from adaptive_opt.dashboard.figures.saddle import stalled
-from adaptive_opt.dashboard.figures.sharpness import advice
+from adaptive_opt.dashboard.figures.sharpness import advice, why
 from adaptive_opt.dashboard.figures.spectrum import outliers
 from adaptive_opt.dashboard.figures.style import having, readings
 from adaptive_opt.dashboard.words import NOT_MEASURED, WORDS, number
@@ -66,6 +66,11 @@ def _measured(r: Reading | None) -> str:
     return f"Measured at step {r.step:,}{samples}{share}{how}{which}."
 
 
+def _not_since(reports: Reports, latest: Reading) -> str:
+    """Why the latest reading says nothing of the coming step."""
+    return "" if latest.stability is not None else f" Not measured since: {why(reports)}."
+
+
 # ---- one function a panel ---------------------------------------------------------------------------------------------
 
 
@@ -80,13 +85,15 @@ def _condition(reports: Reports) -> list[Chip]:
 
 def _condition_note(reports: Reports) -> str:
     felt = [r.kappa_effective for r in having(readings(reports), "kappa_effective") if r.kappa_effective]
+    since = _not_since(reports, full[-1]) if (full := readings(reports, full=True)) and felt else ""
     if not felt:
         return ""
     if len(felt) < 4:
-        return f"{_measured(_last(reports, 'kappa'))} Trend: too few readings yet.".strip()
+        return f"Trend: too few readings yet. {_measured(_last(reports, 'kappa'))}{since}".strip()
     before, now = median(felt[-6:-3]), median(felt[-3:])
     way = "rising" if now > 1.25 * before else "falling" if now < before / 1.25 else "steady"
-    return f"{_measured(_last(reports, 'kappa'))} Trend: {way}, {number(before)} → {number(now)} (medians of three)."
+    trend = f"Trend: {way}, {number(before)} → {number(now)} (medians of three)."
+    return f"{trend} {_measured(_last(reports, 'kappa'))}{since}"
 
 
 def _spectrum(reports: Reports) -> list[Chip]:
@@ -178,7 +185,8 @@ def _sharpness_note(reports: Reports) -> str:
         return ""
     reading, report = told[-1]
     held = f" As it is held now, the step is at {number((reading.stability or 0) * reports[-1].lr_scale)} of the limit."
-    return f"{advice(reading, report.lr)}{held if reports[-1].lr_scale < 1 else ''} {_measured(reading)}"
+    since = _not_since(reports, readings(reports)[-1])
+    return f"{advice(reading, report.lr)}{held if reports[-1].lr_scale < 1 else ''} {_measured(reading)}{since}"
 
 
 def _lipschitz(reports: Reports) -> list[Chip]:

@@ -36,7 +36,7 @@ def layers(reports: Sequence[StepReport]) -> go.Figure:
             colorscale=MAP,
             zmin=-1,
             zmax=1,
-            xgap=1,
+            xgap=1 if len(seen) <= 40 else 0,
             ygap=1,
             hovertemplate=f"step %{{x}} · %{{text}}<br>{lines(WORDS['sigma_rms'].says)}<extra></extra>",
             colorbar={

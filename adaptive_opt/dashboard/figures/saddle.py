@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -27,6 +29,8 @@ from adaptive_opt.diagnosis import Thresholds
 from adaptive_opt.records import Condition, Reading, StepReport
 from adaptive_opt.signals import Signals
 
+NONE = 0.3  # where a count of zero is drawn
+
 
 def saddle(reports: Sequence[StepReport]) -> go.Figure:
     """Above: lambda_min as a share of epsilon, with its error and the threshold. Below: delta, its estimate and error."""
@@ -37,7 +41,7 @@ def saddle(reports: Sequence[StepReport]) -> go.Figure:
         return nothing(fig, "negative curvature is looked for in full readings, and this run has none yet")
     steps = [r.step for r in full]
     axis(fig, "yaxis", "% of epsilon", domain=[0.53, 1.0])
-    axis(fig, "yaxis2", "directions", domain=[0.0, 0.43], anchor="x", rangemode="tozero")
+    axis(fig, "yaxis2", "directions", log=True, domain=[0.0, 0.43], anchor="x", **_counts(full))
     fig.update_layout(xaxis_anchor="y2")
     shares = [100 * (r.lambda_min or 0.0) / (r.epsilon or 1.0) for r in full]
     errors = [100 * (r.lambda_min_error or 0.0) / (r.epsilon or 1.0) for r in full]
@@ -47,20 +51,25 @@ def saddle(reports: Sequence[StepReport]) -> go.Figure:
     _saddles(fig, reports, full)
     counted = having(full, "delta_estimate")
     if counted:
-        estimate, error = [r.delta_estimate for r in counted], [r.delta_stderr for r in counted]
-        series(
-            fig,
-            [r.step for r in counted],
-            estimate,
-            "delta_estimate",
-            SKY,
-            error=error,
-            symbol="square",
-            line="dot",
-            yaxis="y2",
-        )
-    series(fig, steps, [r.delta for r in full], "delta", ORANGE, "delta ≥", symbol="triangle-up", yaxis="y2")
+        at, error = [r.step for r in counted], [r.delta_stderr for r in counted]
+        series(fig, at, [r.delta_estimate for r in counted], "delta_estimate", SKY, error=error, symbol="square", line="dot",
+               yaxis="y2", floor=NONE)  # fmt: skip
+    delta = [r.delta for r in full]
+    series(fig, steps, delta, "delta", ORANGE, "delta ≥", symbol="triangle-up", yaxis="y2", floor=NONE)
     return fig
+
+
+def _counts(full: Sequence[Reading]) -> dict[str, Any]:
+    """A logarithmic axis of counts that shows a zero: one estimate of thousands must not hide a certified three."""
+    most = max([1.0, *((r.delta_estimate or 0.0) + (r.delta_stderr or 0.0) for r in full), *(r.delta or 0 for r in full)])
+    decades = math.ceil(math.log10(most))
+    every = max(1, math.ceil(decades / 3))
+    tens = [10.0**k for k in range(0, decades + 1, every)]
+    return {
+        "tickvals": [NONE, *tens],
+        "ticktext": ["0", *(f"{t:,.0f}" if t < 1e5 else f"{t:.0e}" for t in tens)],
+        "range": [math.log10(NONE) - 0.15, math.log10(most) + 0.2],
+    }
 
 
 def stalled(reports: Sequence[StepReport]) -> bool:

@@ -50,7 +50,9 @@ def sharpness(reports: Sequence[StepReport]) -> go.Figure:
 def why(reports: Sequence[StepReport]) -> str:
     """Why there is no stability."""
     told = [note for r in readings(reports)[-1:] for note in r.notes if note.startswith("stability")]
-    return told[0].partition(": ")[2] if told else "this run has no reading yet"
+    if told:
+        return told[0].partition(": ")[2]
+    return "the readings of this run do not hold it" if readings(reports) else "this run has no reading yet"
 
 
 def advice(r: Reading, lr: float) -> str:

@@ -21,7 +21,7 @@ def spectrum(reports: Sequence[StepReport]) -> go.Figure:
     Horizontal bars are the residuals: an eigenvalue lies within each. Values between plus and minus delta_tol * epsilon
     count as zero.
     """
-    fig = blank(x="eigenvalue (bent axis: linear near 0, logarithmic beyond)", y="share of eigenvalues", log=True)
+    fig = blank(x="eigenvalue (axis bent: linear near 0)", y="share of eigenvalues", log=True)
     full = [r for r in readings(reports, full=True) if r.ritz_values and r.epsilon]
     if not full:
         return nothing(fig, "the spectrum comes with full readings, and this run has none yet")

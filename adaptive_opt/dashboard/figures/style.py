@@ -84,25 +84,30 @@ def series(
     error: Sequence[float | None] | None = None,
     symbol: str = "circle",
     line: str | None = "solid",
-    **more: Any,
+    floor: float | None = None,
+    yaxis: str = "y",
 ) -> None:
-    """One number over the steps, with its error bars, and a hover that says what it is and what it is not."""
+    """One number over the steps, with its error bars, and a hover that says what it is and what it is not.
+
+    floor: where smaller values are drawn, on a logarithmic axis that shall show a zero.
+    """
     says = WORDS[word]
-    shown = "%{x:,} · " if more.pop("at_x", False) else "step %{x:,} · "
     unit = f" {escape(says.unit)}" if says.unit not in ("", "at least", "at most") else ""
     bound = {"at least": "≥ ", "at most": "≤ "}.get(says.unit, "")
     spread = " ± %{error_y.array:.2g}" if error is not None else ""
     fig.add_trace(
         go.Scatter(
             x=list(x),
-            y=list(y),
+            y=[v if v is None or floor is None else max(v, floor) for v in y],
             name=escape(name or says.label),
             mode="markers" if line is None else "lines+markers",
             marker={"color": colour, "symbol": symbol, "size": 6},
             line={"color": colour, "width": 1.6, "dash": line or "solid"},
             error_y=bars(error, colour),
-            hovertemplate=f"{shown}<b>{says.label}</b> {bound}%{{y:.3g}}{spread}{unit}<br>{lines(says.says)}<extra></extra>",
-            **more,
+            yaxis=yaxis,
+            customdata=list(y),
+            hovertemplate=f"step %{{x:,}} · <b>{says.label}</b> {bound}%{{customdata:.3g}}{spread}{unit}<br>{lines(says.says)}"
+            "<extra></extra>",
         )
     )
 

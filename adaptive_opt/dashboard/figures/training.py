@@ -47,7 +47,7 @@ def training(reports: Sequence[StepReport], height: int = 380) -> go.Figure:
 def _loss(fig: go.Figure, known: list[tuple[int, float]]) -> None:
     steps, losses = [s for s, _ in known], [x for _, x in known]
     smooth = [median(losses[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(losses))]
-    _curve(fig, steps, losses, "loss", SKY, "solid", "loss", width=0.8)
+    _curve(fig, steps, losses, "loss", SKY, "solid", "loss", width=0.8, opacity=0.55)
     _curve(fig, steps, smooth, f"median of {SMOOTH}", BLUE, "solid", "loss")
 
 
@@ -61,10 +61,12 @@ def _curve(
     word: str,
     width: float = 1.8,
     yaxis: str = "y",
+    opacity: float = 1.0,
 ) -> None:
     fig.add_trace(
         go.Scatter(
             x=x, y=y, name=name, mode="lines", line={"color": colour, "width": width, "dash": dash}, yaxis=yaxis,
+            opacity=opacity,
             hovertemplate=f"step %{{x:,}} · <b>{name}</b> %{{y:.3g}}<br>{lines(WORDS[word].says)}<extra></extra>",
         )
     )  # fmt: skip

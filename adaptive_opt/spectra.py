@@ -89,21 +89,18 @@ class Spectra:
         A = scaled(product, m.root)
         warm = _fitting(memory.top, m.root)
         same = warm is not None and sharpest is not None and _cosine(m.root * warm, sharpest) > ALIKE
-        a = self._run(A, _cold(m, memory) if warm is None else warm, COLD if warm is None else WARM + same)
+        a = self._run(A, _cold(m.root, m.momentum, memory) if warm is None else warm, COLD if warm is None else WARM + same)
         draft = replace(draft, overshoot=_overshoot(m, H.gradient, A(m.momentum)))
-        if not same:
-            product(H.gradient if sharpest is None else sharpest)
-        of_a = _in_metric(seen, m.root)
-        top = top_ritz_pair([y for y, _ in of_a], [Ay for _, Ay in of_a])
-        if top is None or top.value < a.ritz_values[-1]:  # a cold run's own space is larger than the last products'
-            top = RitzPair(float(a.ritz_values[-1]), float(a.residuals[-1]), a.ritz_vector(-1))
+        h = None
+        if sharpest is None:
+            h = self._run(H, _cold(H.gradient, H.gradient, memory), COLD)
+        elif not same:
+            product(sharpest)
+        top = _larger(a, _in_metric(seen, m.root))
         memory.top = _finite(top.vector, memory.top)
-        draft = _stability(draft, top.value, top.residual, m)
-        pair = top_ritz_pair([x for x, _ in seen], [Hx for _, Hx in seen])
-        if pair is None:
-            return draft
+        pair = _larger(h, list(seen))
         memory.sharpest = _finite(pair.vector, memory.sharpest)
-        return replace(draft, lambda_max=pair.value, lambda_max_error=pair.residual)
+        return replace(_stability(draft, top.value, top.residual, m), lambda_max=pair.value, lambda_max_error=pair.residual)
 
     def _of_hessian(self, h: Spectrum, draft: Reading, notes: list[str]) -> Reading:
         epsilon = h.epsilon
@@ -144,6 +141,16 @@ class Spectra:
         return lanczos_within(self.vectors, matvec, start, num_steps, until=None if self.tol is None else ends(self.tol))
 
 
+def _larger(spectrum: Spectrum | None, pairs: list[tuple[Tensor, Tensor]]) -> RitzPair:
+    """Both are lower bounds: a run's own Ritz value, and that of the latest products, on which a run may be out of reach."""
+    found = top_ritz_pair([x for x, _ in pairs], [Ax for _, Ax in pairs])
+    if found is not None and (spectrum is None or found.value >= spectrum.ritz_values[-1]):
+        return found
+    if spectrum is None:
+        raise FloatingPointError("a matrix-vector product is not finite")
+    return RitzPair(float(spectrum.ritz_values[-1]), float(spectrum.residuals[-1]), spectrum.ritz_vector(-1))
+
+
 def _in_metric(pairs: deque[tuple[Tensor, Tensor]], root: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(D^-1 x, D H x); a pair that reaches where D vanishes is none of D H D's and left out."""
     inverse = torch.where(root > 0, 1 / root, 0.0)
@@ -163,11 +170,10 @@ def _overshoot(m: Metric, g: Tensor, Am: Tensor) -> float | None:
     return curvature / (2 * descent) if descent > 0 and curvature > 0 else None
 
 
-def _cold(m: Metric, memory: ProbeMemory) -> Tensor:
-    start = _random(m.root, memory)
-    if bool(m.momentum.any()):  # the step's own direction sees its sharpest direction early
-        start = start / start.norm() + m.momentum / m.momentum.norm()
-    return start
+def _cold(like: Tensor, direction: Tensor, memory: ProbeMemory) -> Tensor:
+    """A random start that leans on a direction which sees the sharpest one early: the step's own, the gradient."""
+    start = _random(like, memory)
+    return start / start.norm() + direction / direction.norm() if bool(direction.any()) else start
 
 
 def _random(like: Tensor, memory: ProbeMemory) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptive_opt.curvature.operators import FiniteDifferenceHessian, GaussNewton, Hessian, Operator, Rebuilt, Sum
+from adaptive_opt.curvature.operators import EMPTY, FiniteDifferenceHessian, GaussNewton, Hessian, Operator, Rebuilt, Sum
 from adaptive_opt.curvature.vectors import flatten
 
 BACKENDS = ("exact", "exact_rebuilt", "finite_difference")
@@ -40,6 +40,8 @@ def operator_on(
     """
     if backend not in (None, *BACKENDS) or curvature not in CURVATURES:
         raise ValueError(f"backend={backend!r}, curvature={curvature!r}: one of {BACKENDS} or None, one of {CURVATURES}")
+    if not parts:
+        raise ValueError(EMPTY)
 
     def build() -> Iterator[Operator]:
         for part in parts:
@@ -105,5 +107,5 @@ def _gradient(parts: Parts, params: Sequence[Tensor]) -> Tensor:
         g = flatten([torch.zeros_like(p) if d is None else d for d, p in zip(grads, params, strict=True)])
         total = g if total is None else total + g
     if total is None:
-        raise ValueError("an operator over no batch at all: the data is empty")
+        raise ValueError(EMPTY)
     return total

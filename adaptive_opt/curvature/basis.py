@@ -1,9 +1,11 @@
 """Rows of an orthonormal set, kept as they are, in half precision, or on another device."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from adaptive_opt.curvature.vectors import accumulator, pieces
+from adaptive_opt.curvature.vectors import PIECE, accumulator, pieces
 
 
 class Basis:
@@ -25,12 +27,12 @@ class Basis:
 
     def dots(self, w: Tensor) -> Tensor:
         """(size,): each row times w, accumulated wide over the pieces."""
-        return torch.stack([(self._wide(s) @ w[s]).to(accumulator(w)) for s in pieces(w.numel())]).sum(0) / self.scale
+        return torch.stack([(self._wide(s) @ w[s]).to(accumulator(w)) for s in self._pieces()]).sum(0) / self.scale
 
     def remove(self, coefficients: Tensor, w: Tensor) -> None:
         """w -= rows' coefficients, in place."""
         c = (coefficients / self.scale).to(w.dtype)
-        for s in pieces(w.numel()):
+        for s in self._pieces():
             w[s] -= c @ self._wide(s)
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class Basis:
         """Rows of coefficients @ rows, (k, size), in the place of the rows; no second basis is needed."""
         k = len(coefficients)
         c = coefficients.to(device=self.like.device, dtype=self.like.dtype)
-        for s in pieces(self.rows.shape[1]):
+        for s in pieces(self.rows.shape[1], max(PIECE // max(self.size, 1), 1)):  # what is made of a piece is k pieces
             self.rows[:k, s] = (c @ self._wide(s)).to(self.rows)
         self.size = k
 
@@ -53,10 +55,15 @@ class Basis:
         """Largest entry of |Q Q' - I|, on the device."""
         wide = accumulator(self.like)
         gram = torch.zeros(self.size, self.size, dtype=wide, device=self.like.device)
-        for s in pieces(self.rows.shape[1]):
+        for s in self._pieces():
             block = self._wide(s)
             gram += (block @ block.T).to(wide)
         return (gram / self.scale**2 - torch.eye(self.size, dtype=wide, device=gram.device)).abs().max()
+
+    def _pieces(self) -> Iterator[slice]:
+        """All rows of a piece are widened together: they must not take more than one vector's piece does."""
+        kept = self.rows.dtype == self.like.dtype and self.rows.device == self.like.device
+        return pieces(self.rows.shape[1], PIECE if kept else max(PIECE // max(self.size, 1), 1))
 
     def _wide(self, s: slice) -> Tensor:
         """Rows in the run's own dtype and device; a view where they already are."""

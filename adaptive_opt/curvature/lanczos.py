@@ -42,6 +42,7 @@ class Spectrum:
     products: int  # with A
     asymmetry: float = 0.0  # norm of what A did that no symmetric operator does; already within the residuals
     method: str = "full"  # how the basis was kept: "full", "half", "host", "restarted", "two-pass", "block"
+    block: int = 1  # start vectors
 
     @property
     def epsilon(self) -> float:
@@ -101,7 +102,7 @@ def lanczos(
             known = steps[:, : j + 1].cpu().double().numpy()
             so_far = _spectrum(known, basis)
             excess = until(so_far)
-            if so_far.exhausted or excess <= 1:
+            if so_far.exhausted or excess <= 1 or len(so_far.ritz_values) <= j:  # the last: no longer finite
                 break
             look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis)))
     else:
@@ -122,9 +123,9 @@ def _spectrum(steps: np.ndarray, basis: Basis) -> Spectrum:
     alpha, beta, defect = steps
     n, eps = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps)
     k, exhausted = usable(alpha, beta, n, eps)
-    theta, s, residuals = ritz(alpha[:k], beta[:k], n, eps)
-    asymmetry = float(np.linalg.norm(defect[:k]))
     same = basis.rows.dtype == basis.like.dtype
+    theta, s, residuals = ritz(alpha[:k], beta[:k], n if same else 0, eps)  # rounded rows leave something of any space
+    asymmetry = float(np.linalg.norm(defect[:k]))
     return Spectrum(
         ritz_values=theta,
         residuals=residuals + asymmetry,

@@ -36,6 +36,6 @@ def norm(x: Tensor) -> Tensor:
     return dot(x, x).sqrt()
 
 
-def pieces(n: int) -> Iterator[slice]:
+def pieces(n: int, size: int = PIECE) -> Iterator[slice]:
     """Consecutive slices of range(n)."""
-    return (slice(a, min(a + PIECE, n)) for a in range(0, n, PIECE))
+    return (slice(a, min(a + size, n)) for a in range(0, n, size))

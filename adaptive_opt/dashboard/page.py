@@ -125,35 +125,31 @@ def _callbacks(app: Dash, follower: Follower) -> None:
     )
     def draw(_tick: int | None, name: str | None, shown: Sequence[Any] | None) -> tuple[Any, ...]:
         """Everything about the chosen run, if it has gone on since it was drawn."""
-        state: Status | None = None
-        reports, facts, version = (), "", -1
+        state, reports, facts, now = None, (), "", [name, -1, 0.0, -1]
         try:
             run = follower.get(name or "")
-            version = run.version
-            if list(shown or ()) == [name, version, run.tail.behind]:
-                raise PreventUpdate
+            now = [name, run.version, run.tail.behind, run.told]
             reports = run.reports
-            behind = run.tail.behind
-            facts = content.facts(reports, run.lines, run.notes, behind)
+            facts = content.facts(reports, run.lines, run.notes, run.tail.behind)
         except ValueError as error:
-            behind = 0.0
-            state = Status(
-                "grey", f"NO RUN: {error}" if name else f"NO RUN YET in {follower.runs.folder}: waiting for a steps.jsonl"
-            )
-            if list(shown or ()) == [name, version, behind]:
-                raise PreventUpdate from None
+            why = f"NO RUN: {error}" if name else f"NO RUN YET in {follower.runs.folder}: waiting for a steps.jsonl"
+            state = Status("grey", why)
+        before = list(shown or (None,) * 4)
+        if before == now:
+            raise PreventUpdate
         state = state or status(reports)
-        drawn = [p.draw(reports) for p in every]
+        same = before[0] == name and before[3] == now[3]  # no reading came: the six need not be drawn again
+        drawn = {p.key: p.draw(reports) for p in (BELOW if same else every)}
         return (
             content.bar(state),
             f"status {state.light}",
             facts,
-            content.log(reports),
-            *(content.bare(fig) for fig in drawn),
+            no_update if same else content.log(reports),
+            *(content.bare(drawn[p.key]) if p.key in drawn else no_update for p in every),
             *(content.chips(p.chips(reports)) for p in every),
-            *(content.legend(fig) for fig in drawn),
+            *(content.legend(drawn[p.key]) if p.key in drawn else no_update for p in every),
             *(p.note(reports) for p in every),
-            [name, version, behind],
+            now,
         )
 
     @app.callback(

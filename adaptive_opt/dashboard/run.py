@@ -19,7 +19,7 @@ class Run:
     """Follows a run's steps.jsonl. `update` reads on, `reports` is what to draw; safe to use from several threads.
 
     until: the last step to be read, for a look back; None follows the file. Kept: the latest 512 reports whole, 500 full and
-    500 cheap readings spread over the run, the latest 1000 reports with events, and the lowest and highest loss of 1500
+    500 cheap readings spread over the run, the latest 1000 reports with events, and the lowest and highest loss of 1000
     stretches of the run.
     """
 
@@ -27,6 +27,7 @@ class Run:
         self.tail = Tail(path)
         self.until = until
         self.version = 0  # grows with every change
+        self.told = 0  # grows with every reading and event, and whenever steps are left out: all that the six panels show
         self.restarts: list[str] = []  # sentences
         self.lines = 0
         self._lock = Lock()
@@ -36,7 +37,7 @@ class Run:
         self.latest = Latest(512, 8 * MIB)
         self.full, self.cheap = Even(500, 24 * MIB), Even(500, 8 * MIB)
         self.events = Latest(1000, 8 * MIB)
-        self.course = Extremes(1500)
+        self.course = Extremes(1000)
         self.last: StepReport | None = None
         self._sorted: tuple[int, tuple[StepReport, ...]] | None = None
 
@@ -94,8 +95,10 @@ class Run:
             (self.full if report.reading.kind == "full" else self.cheap).add(report, line.size)
         if report.events:
             self.events.add(report, line.size)
+        self.told += report.reading is not None or bool(report.events)
         self.course.add(replace(report, reading=None, diagnosis=None, decision=None, events=()))
 
     def _note(self, sentence: str) -> None:
         self.version += 1
+        self.told += 1
         self.restarts = [*self.restarts[-NOTES + 1 :], sentence]

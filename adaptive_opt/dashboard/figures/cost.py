@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 
 from adaptive_opt.dashboard.figures.style import BLUE, ORANGE, blank, nothing
@@ -16,7 +17,7 @@ def cost(reports: Sequence[StepReport], height: int = 380) -> go.Figure:
     fig = blank(height, y="% of gradient work")
     if not reports:
         return nothing(fig, "no step was logged yet")
-    steps = [r.step for r in reports]
+    steps = np.asarray([r.step for r in reports])
     for word, colour, dash, spent in (
         ("probing", BLUE, "solid", [r.probe_cost for r in reports]),
         ("treatment", ORANGE, "dash", [r.treatment_cost for r in reports]),
@@ -24,7 +25,7 @@ def cost(reports: Sequence[StepReport], height: int = 380) -> go.Figure:
         fig.add_trace(
             go.Scatter(
                 x=steps,
-                y=[100 * c / (s + 1) for s, c in zip(steps, spent, strict=True)],
+                y=100 * np.asarray(spent) / (steps + 1),
                 name=WORDS[word].label,
                 mode="lines",
                 line={"color": colour, "width": 1.8, "dash": dash},

@@ -21,40 +21,42 @@ HEIGHT = 250
 
 def blank(height: int = HEIGHT, x: str = "step", y: str = "", log: bool = False) -> go.Figure:
     """An empty figure in the house style: transparent, so that it stands on light and on dark."""
-    fig = go.Figure()
-    fig.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 8, "r": 10, "t": 8, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
-        hoverlabel={"bgcolor": "#20262e", "bordercolor": "#20262e", "font": {"color": "#ffffff", "size": 12}, "align": "left"},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}, "itemwidth": 30},
-        hovermode="closest",
-        uirevision="kept",  # a new line must not undo the reader's zoom
+    hover = {"bgcolor": "#20262e", "bordercolor": "#20262e", "font": {"color": "#ffffff", "size": 12}, "align": "left"}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "height": height,
+            "margin": {"l": 8, "r": 10, "t": 8, "b": 8},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},
+            "hoverlabel": hover,
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}, "itemwidth": 30},
+            "hovermode": "closest",
+            "uirevision": "kept",  # a new line must not undo the reader's zoom
+            "xaxis": _axis(x),
+            "yaxis": _axis(y, log),
+        }
     )
-    axis(fig, "xaxis", x)
-    axis(fig, "yaxis", y, log)
-    return fig
 
 
 def axis(fig: go.Figure, name: str, title: str = "", log: bool = False, **more: Any) -> None:
-    """One axis in the house style; logarithmic ones show powers of ten."""
-    fig.update_layout({
-        name: {
-            "title": {"text": title, "standoff": 6, "font": {"size": 11}},
-            "type": "log" if log else "linear",
-            "gridcolor": GRID,
-            "zeroline": False,
-            "linecolor": GRID,
-            "automargin": True,
-            "exponentformat": "power",
-            "nticks": 6,
-            **({"dtick": None, "minor": {"ticks": ""}} if log else {}),
-            **more,
-        }
-    })  # fmt: skip
+    """Another axis in the house style."""
+    fig.update_layout({name: _axis(title, log, **more)})
+
+
+def _axis(title: str, log: bool = False, **more: Any) -> dict[str, Any]:
+    return {
+        "title": {"text": title, "standoff": 6, "font": {"size": 11}},
+        "type": "log" if log else "linear",
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": GRID,
+        "automargin": True,
+        "exponentformat": "power",
+        "nticks": 6,
+        **more,
+    }
 
 
 def ticks(fig: go.Figure) -> go.Figure:

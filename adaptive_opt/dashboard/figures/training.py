@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from statistics import median
 
+import numpy as np
 import plotly.graph_objects as go
 
 from adaptive_opt.dashboard.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, axis, blank, nothing, ticks
@@ -65,7 +66,7 @@ def _curve(
 ) -> None:
     fig.add_trace(
         go.Scatter(
-            x=x, y=y, name=name, mode="lines", line={"color": colour, "width": width, "dash": dash}, yaxis=yaxis,
+            x=np.asarray(x), y=np.asarray(y, dtype=float), name=name, mode="lines", line={"color": colour, "width": width, "dash": dash}, yaxis=yaxis,
             opacity=opacity,
             hovertemplate=f"step %{{x:,}} · <b>{name}</b> %{{y:.3g}}<br>{lines(WORDS[word].says)}<extra></extra>",
         )

@@ -581,6 +581,17 @@ def test_a_run_that_waits_for_an_answer_does_not_wait_behind_a_nan(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bulk_that_is_small_beside_an_outlier_is_no_rounding_at_many_parameters(variant):
+    n = 1 << 18
+    d = torch.linspace(-0.05, 0.05, n)
+    d[0] = 1000.0  # the steps after it are of size 0.025: below sqrt(n) eps of it, far above eps
+    s = VARIANTS[variant](lambda v: d * v, start(n, dtype=torch.float32), 12)
+    assert not s.exhausted
+    assert s.products == 12
+    assert s.ritz_values[0] < -0.03
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_start_of_zeros_is_refused(variant):
     with pytest.raises(FloatingPointError):
         VARIANTS[variant](lambda v: 2 * v, torch.zeros(9, dtype=torch.float64), 4)

@@ -1,6 +1,6 @@
 """Spectra of large symmetric operators by matrix-free products. Tensors only: this room knows no training."""
 
-from adaptive_opt.curvature.backend import BACKENDS, CURVATURES, Part, operator_on
+from adaptive_opt.curvature.backend import BACKENDS, CURVATURES, CannotMeasure, Part, operator_on
 from adaptive_opt.curvature.block_lanczos import block_lanczos
 from adaptive_opt.curvature.budget import lanczos_within
 from adaptive_opt.curvature.density import Density, density
@@ -29,6 +29,7 @@ __all__ = [
     "BACKENDS",
     "CURVATURES",
     "Bidiagonal",
+    "CannotMeasure",
     "Density",
     "Eigenpairs",
     "FiniteDifferenceHessian",

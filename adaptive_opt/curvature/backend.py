@@ -16,6 +16,10 @@ CURVATURES = ("hessian", "gauss_newton")
 GRAPHS = 2**30  # bytes: kept graphs of several batches may take as much together, unless a memory budget says otherwise
 
 
+class CannotMeasure(ValueError):
+    """What was asked for cannot be had here; the message says why and what would help."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One batch's share of the loss, evaluated with a fresh graph."""
@@ -49,7 +53,7 @@ def operator_on(
 
     def differences() -> Operator:
         if curvature != "hessian":
-            raise ValueError("backend='finite_difference' has no Gauss-Newton matrix: take curvature='hessian'")
+            raise CannotMeasure("backend='finite_difference' has no Gauss-Newton matrix: take curvature='hessian'")
         return FiniteDifferenceHessian(lambda: _gradient(parts, params), params)
 
     if backend == "finite_difference":
@@ -95,7 +99,9 @@ def _exact(part: Part, params: Sequence[Tensor], curvature: str) -> Operator:
     if curvature == "hessian":
         return Hessian(part.loss, params)
     if not part.outputs:
-        raise ValueError("curvature='gauss_newton' needs the model's output; an objective() or a closure shows only the loss")
+        raise CannotMeasure(
+            "curvature='gauss_newton' needs the model's output; an objective() or a closure shows only the loss"
+        )
     return GaussNewton(part.outputs, part.loss, params)
 
 

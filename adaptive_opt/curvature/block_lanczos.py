@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum
 from adaptive_opt.curvature.subspace import extend
-from adaptive_opt.curvature.vectors import accumulator, norm
+from adaptive_opt.curvature.vectors import accumulator, negligible, norm
 
 
 def block_lanczos(matvec: Matvec, start: Tensor, num_blocks: int) -> Spectrum:
@@ -62,7 +62,7 @@ def _spectrum(t: np.ndarray, sizes: np.ndarray, basis: Basis) -> Spectrum:
         weights=(s[:b] ** 2).sum(0) / min(b, k),
         coefficients=s,
         vectors=basis,
-        exhausted=k == n or bool(np.linalg.norm(below) <= np.sqrt(n) * eps * np.abs(theta).max()),
+        exhausted=k == n or bool(np.linalg.norm(below) <= negligible(n, eps) * np.abs(theta).max()),
         dim=n,
         products=t.shape[1],
         asymmetry=asymmetry,

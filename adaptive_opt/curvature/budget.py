@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adaptive_opt.curvature.backend import CannotMeasure
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum, lanczos
 from adaptive_opt.curvature.questions import Question
 from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
@@ -21,14 +22,14 @@ def lanczos_within(
 
     The first that fits: the whole basis; the basis on the host, if the operator lives on another device; the basis in half
     precision; a restarted basis of eight vectors or more; no basis (two passes, five vectors with the start). The others need
-    four vectors beside their basis. Raises ValueError when not even five vectors fit.
+    four vectors beside their basis. Raises CannotMeasure when not even five vectors fit.
     """
     n, size = start.numel(), start.element_size()
     m = min(num_steps, n)
     if memory is None or (m + BESIDE) * n * size <= memory:
         return lanczos(matvec, start, num_steps, until=until)
     if 5 * n * size > memory:
-        raise ValueError(
+        raise CannotMeasure(
             f"memory={memory} bytes: Lanczos needs at least five vectors of {n} entries, {5 * n * size} bytes; give more, or "
             "measure one layer's parameters"
         )

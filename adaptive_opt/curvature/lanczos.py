@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.questions import Question, next_look
-from adaptive_opt.curvature.vectors import accumulator, dot, norm
+from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
 
 Matvec = Callable[[Tensor], Tensor]
 
@@ -148,7 +148,7 @@ def usable(alpha: np.ndarray, beta: np.ndarray, n: int, eps: float) -> tuple[int
         raise FloatingPointError("lanczos: the first matrix-vector product (or the start vector) is not finite")
     # An invariant subspace was found where beta vanishes beside what came before: what follows is rounding noise.
     scale = np.maximum.accumulate(np.abs(alpha[:k]) + beta[:k])
-    small = beta[:k] <= np.sqrt(n) * eps * scale
+    small = beta[:k] <= negligible(n, eps) * scale
     return (int(np.argmax(small)) + 1, True) if small.any() else (k, k == n)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum
 from adaptive_opt.curvature.questions import Question
-from adaptive_opt.curvature.vectors import accumulator, dot, norm
+from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
 
 
 def thick_restart_lanczos(
@@ -85,7 +85,7 @@ def _spectrum(
     if size == 0:
         raise FloatingPointError("thick_restart_lanczos: a matrix-vector product (or the start vector) is not finite")
     scale = max(np.abs(alpha[:size]).max(), np.abs(kept).max(initial=0.0)) + beta[k:size].max(initial=0.0)
-    small = np.flatnonzero(beta[k:size] <= np.sqrt(n) * eps * scale)
+    small = np.flatnonzero(beta[k:size] <= negligible(n, eps) * scale)
     exhausted = len(small) > 0 or size == n
     size = k + int(small[0]) + 1 if len(small) else size
     t = np.diag(np.concatenate([kept, alpha[k:size]]))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum, ritz, usable
 from adaptive_opt.curvature.questions import Question, next_look
-from adaptive_opt.curvature.vectors import accumulator, dot, norm
+from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
 
 
 def two_pass_lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, until: Question | None = None) -> Spectrum:
@@ -85,7 +85,9 @@ def _spectrum(steps: np.ndarray, again: _Again) -> Spectrum:
     alpha, beta, defect, lost = steps
     n, eps = again.start.numel(), float(torch.finfo(again.start.dtype).eps)
     k, _ = usable(alpha, beta, n, eps)
-    exhausted = bool(beta[k - 1] <= np.sqrt(n) * eps * (np.abs(alpha[:k]) + beta[:k]).max())  # n steps alone fill no space here
+    exhausted = bool(
+        beta[k - 1] <= negligible(n, eps) * (np.abs(alpha[:k]) + beta[:k]).max()
+    )  # n steps alone fill no space here
     theta, s, residuals = ritz(alpha[:k], beta[:k], 0, eps)
     weights = s[0] ** 2
     true, weights = _without_copies(theta, weights, eps)

@@ -39,3 +39,11 @@ def norm(x: Tensor) -> Tensor:
 def pieces(n: int, size: int = PIECE) -> Iterator[slice]:
     """Consecutive slices of range(n)."""
     return (slice(a, min(a + size, n)) for a in range(0, n, size))
+
+
+def negligible(n: int, eps: float) -> float:
+    """Below this share of its scale a number that came out of products of n entries is rounding.
+
+    Errors add up at random; with sqrt(n) at any n a true 1e-4 beside an outlier would be noise at a million parameters.
+    """
+    return min(n**0.5, 32) * eps

@@ -64,7 +64,8 @@ def ticks(fig: go.Figure) -> go.Figure:
     traces: Any = fig.data
     for axis in fig.select_yaxes(lambda a: a.type == "log"):
         mine = axis.plotly_name.replace("axis", "")
-        values = [math.log10(y) for t in traces if (t.yaxis or "y") == mine for y in t.y or () if y is not None and y > 0]
+        mine = [t.y for t in traces if (t.yaxis or "y") == mine and t.y is not None]
+        values = [math.log10(y) for ys in mine for y in ys if y is not None and y > 0]
         low, high = (min(values), max(values)) if values else (-1.0, 1.0)
         if high - low > 1.5:
             axis.dtick = max(1, math.ceil((high - low) / 4))

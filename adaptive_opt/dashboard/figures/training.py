@@ -66,11 +66,16 @@ def _curve(
 ) -> None:
     fig.add_trace(
         go.Scatter(
-            x=np.asarray(x), y=np.asarray(y, dtype=float), name=name, mode="lines", line={"color": colour, "width": width, "dash": dash}, yaxis=yaxis,
+            x=np.asarray(x),
+            y=np.asarray(y, dtype=float),
+            name=name,
+            mode="lines",
+            line={"color": colour, "width": width, "dash": dash},
+            yaxis=yaxis,
             opacity=opacity,
             hovertemplate=f"step %{{x:,}} · <b>{name}</b> %{{y:.3g}}<br>{lines(WORDS[word].says)}<extra></extra>",
         )
-    )  # fmt: skip
+    )
 
 
 def _marks(

@@ -54,6 +54,7 @@ def real_run(folder: Path) -> list[StepReport]:
     from experiments.loop import train
     from experiments.tasks.digits import Digits
 
+    torch.set_num_threads(1)
     task = Digits(seed=0, steps=400)
     sink = JsonlSink(folder)
     base = torch.optim.AdamW(task.model.parameters(), lr=0.1)
@@ -82,7 +83,7 @@ def once(folder: Path, lines: int) -> dict[str, float]:
         url = server.stdout.readline().split()[0]
         out = {"start, s": time.perf_counter() - began}
         browser = Browser()
-        try:
+        try:  # whatever happens, the server ends
             opened = time.perf_counter()
             browser.open(url)
             browser.wait(PAINTED, 120)
@@ -96,11 +97,11 @@ def once(folder: Path, lines: int) -> dict[str, float]:
             browser.wait(PAINTED, 120)
             out["first paint of a run that is read, s"] = time.perf_counter() - opened
             out.update(updates(browser, folder, lines))
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            out["memory, MiB"] = int(status.partition("VmHWM:")[2].split()[0]) / 1024
         finally:
             browser.close()
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        out["memory, MiB"] = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-        server.send_signal(2)
+            server.send_signal(2)
     with (folder / "steps.jsonl").open("rb+") as file:  # without the lines that the updates added
         file.seek(0)
         for _ in range(lines):

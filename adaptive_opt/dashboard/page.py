@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from dash.exceptions import PreventUpdate
 
 from adaptive_opt.dashboard import content, figures
 from adaptive_opt.dashboard.follower import Follower
-from adaptive_opt.dashboard.panels import BELOW, PANELS
+from adaptive_opt.dashboard.panels import BELOW, PANELS, Panel
 from adaptive_opt.dashboard.status import Status, status
+from adaptive_opt.records import StepReport
 
 EVERY = 1000  # milliseconds between questions
 COMPARED = 6
@@ -43,12 +45,34 @@ def page(follower: Follower, first: str | None = None) -> Dash:
     return app
 
 
+@dataclass(frozen=True)
+class View:
+    """A run as far as it has been read; `now` is what a page remembers of what it shows."""
+
+    state: Status
+    reports: Sequence[StepReport]
+    facts: str
+    now: list[Any]  # name, version, what is still to be read, number of readings and events
+
+
+def look(follower: Follower, name: str | None) -> View:
+    """The run of that name; in words what is wrong when there is none."""
+    try:
+        run = follower.get(name or "")
+    except ValueError as error:
+        why = f"NO RUN: {error}" if name else f"NO RUN YET in {follower.runs.folder}: waiting for a steps.jsonl"
+        return View(Status("grey", why), (), "", [name, -1, 0.0, -1])
+    now = [name, run.version, run.tail.behind, run.told]
+    reports = run.reports
+    return View(status(reports), reports, content.facts(reports, run.lines, run.notes, run.tail.behind), now)
+
+
 def layout(follower: Follower, first: str | None) -> Any:
-    """All that stays; the callbacks fill it."""
+    """The whole page as it is now; the callbacks go on with it."""
     names = follower.names()
     chosen = first or (names[0] if names else None)
-    if chosen is not None and chosen in names:
-        follower.get(chosen)  # begin to read while the browser loads
+    view = look(follower, chosen)
+    filled = [_filled(p, i, view.reports) for i, p in enumerate((*PANELS, *BELOW), 1)]  # drawn once, not empty and again
     return html.Div(
         [
             html.A("to the numbers", href="#panel-condition", className="skip"),
@@ -69,26 +93,35 @@ def layout(follower: Follower, first: str | None) -> Any:
                     ),
                 ]
             ),
-            html.Div(id="status", className="status grey", role="status", **{"aria-live": "polite"}),  # type: ignore[arg-type]
-            html.P([html.Span(id="facts"), html.Span(id="age")], className="facts"),
+            html.Div(
+                content.bar(view.state),
+                id="status",
+                className=f"status {view.state.light}",
+                role="status",
+                **{"aria-live": "polite"},  # type: ignore[arg-type]
+            ),
+            html.P([html.Span(view.facts, id="facts"), html.Span(id="age")], className="facts"),
             html.Main(
                 [
-                    html.Div([content.section(p, i, _graph(p.key)) for i, p in enumerate(PANELS, 1)], className="six"),
+                    html.Div(filled[: len(PANELS)], className="six"),
                     html.Section(
-                        [html.H2("Compared", id="title-compare"), _graph("compare")],
+                        [
+                            html.H2("Compared", id="title-compare"),
+                            dcc.Graph(id="graph-compare", config=GRAPH, className="graph"),
+                        ],
                         id="panel-compare",
                         className="panel compare",
                         hidden=True,
                     ),
                     html.Div(
-                        [*(content.section(p, i, _graph(p.key)) for i, p in enumerate(BELOW, 7)), content.logbook()],
+                        [*filled[len(PANELS) :], content.logbook(content.log(view.reports))],
                         className="below",
                     ),
                 ]
             ),
             content.help_text(),
             dcc.Interval(id="tick", interval=EVERY),
-            dcc.Store(id="shown"),
+            dcc.Store(id="shown", data=view.now),
         ],
         className="page",
     )
@@ -98,8 +131,11 @@ def _chooser(name: str, label: str, dropdown: Any) -> Any:
     return html.Div([html.Label(label, htmlFor=name), dropdown], className=f"chooser {name}")
 
 
-def _graph(key: str) -> Any:
-    return dcc.Graph(id=f"graph-{key}", config=GRAPH, className="graph")
+def _filled(panel: Panel, number: int, reports: Sequence[StepReport]) -> Any:
+    figure = panel.draw(reports)
+    graph = dcc.Graph(id=f"graph-{panel.key}", figure=content.bare(figure), config=GRAPH, className="graph")
+    chips, legend = content.chips(panel.chips(reports)), content.legend(figure)
+    return content.section(panel, number, graph, chips, legend, panel.note(reports))
 
 
 def _options(follower: Follower) -> list[dict[str, str]]:
@@ -125,31 +161,22 @@ def _callbacks(app: Dash, follower: Follower) -> None:
     )
     def draw(_tick: int | None, name: str | None, shown: Sequence[Any] | None) -> tuple[Any, ...]:
         """Everything about the chosen run, if it has gone on since it was drawn."""
-        state, reports, facts, now = None, (), "", [name, -1, 0.0, -1]
-        try:
-            run = follower.get(name or "")
-            now = [name, run.version, run.tail.behind, run.told]
-            reports = run.reports
-            facts = content.facts(reports, run.lines, run.notes, run.tail.behind)
-        except ValueError as error:
-            why = f"NO RUN: {error}" if name else f"NO RUN YET in {follower.runs.folder}: waiting for a steps.jsonl"
-            state = Status("grey", why)
+        view = look(follower, name)
         before = list(shown or (None,) * 4)
-        if before == now:
+        if before == view.now:
             raise PreventUpdate
-        state = state or status(reports)
-        same = before[0] == name and before[3] == now[3]  # no reading came: the six need not be drawn again
-        drawn = {p.key: p.draw(reports) for p in (BELOW if same else every)}
+        same = before[0] == name and before[3] == view.now[3]  # no reading came: the six need not be drawn again
+        drawn = {p.key: p.draw(view.reports) for p in (BELOW if same else every)}
         return (
-            content.bar(state),
-            f"status {state.light}",
-            facts,
-            no_update if same else content.log(reports),
+            content.bar(view.state),
+            f"status {view.state.light}",
+            view.facts,
+            no_update if same else content.log(view.reports),
             *(content.bare(drawn[p.key]) if p.key in drawn else no_update for p in every),
-            *(content.chips(p.chips(reports)) for p in every),
+            *(content.chips(p.chips(view.reports)) for p in every),
             *(content.legend(drawn[p.key]) if p.key in drawn else no_update for p in every),
-            *(p.note(reports) for p in every),
-            now,
+            *(p.note(view.reports) for p in every),
+            view.now,
         )
 
     @app.callback(

@@ -18,8 +18,8 @@ NOTES = 20
 class Run:
     """Follows a run's steps.jsonl. `update` reads on, `reports` is what to draw; safe to use from several threads.
 
-    until: the last step to be read, for a look back; None follows the file. Kept: the latest 512 reports whole, 500 full and
-    500 cheap readings spread over the run, the latest 1000 reports with events, and the lowest and highest loss of 1000
+    until: the last step to be read, for a look back; None follows the file. Kept: the latest 512 reports whole, 250 full and
+    250 cheap readings spread over the run, the latest 1000 reports with events, and the lowest and highest loss of 600
     stretches of the run.
     """
 
@@ -35,9 +35,9 @@ class Run:
 
     def _clear(self) -> None:
         self.latest = Latest(512, 8 * MIB)
-        self.full, self.cheap = Even(500, 24 * MIB), Even(500, 8 * MIB)
+        self.full, self.cheap = Even(250, 24 * MIB), Even(250, 8 * MIB)
         self.events = Latest(1000, 8 * MIB)
-        self.course = Extremes(1000)
+        self.course = Extremes(600)
         self.last: StepReport | None = None
         self._sorted: tuple[int, tuple[StepReport, ...]] | None = None
 

@@ -48,10 +48,11 @@ def layers(reports: Sequence[StepReport]) -> go.Figure:
     every = math.ceil(len(names) / 13)
     shown = list(range(0, len(names), every))
     fig.update_layout(
+        margin_l=8,
         xaxis={"type": "category", "nticks": 5, "tickangle": 0, "showgrid": False},
         yaxis={
             "tickvals": shown, "ticktext": [escape(_short(names[i])) for i in shown], "tickfont": {"size": 10},
-            "autorange": "reversed", "showgrid": False,
+            "autorange": "reversed", "showgrid": False, "automargin": True,
         },
     )  # fmt: skip
     return fig

@@ -29,7 +29,7 @@ from adaptive_opt.diagnosis import Thresholds
 from adaptive_opt.records import Condition, Reading, StepReport
 from adaptive_opt.signals import Signals
 
-NONE = 0.3  # where a count of zero is drawn
+NONE = 0.1  # where a count of zero is drawn
 
 
 def saddle(reports: Sequence[StepReport]) -> go.Figure:

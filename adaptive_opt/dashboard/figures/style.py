@@ -26,7 +26,7 @@ def blank(height: int = HEIGHT, x: str = "step", y: str = "", log: bool = False)
         layout={
             "template": "none",
             "height": height,
-            "margin": {"l": 8, "r": 10, "t": 8, "b": 8},
+            "margin": {"l": 56, "r": 12, "t": 8, "b": 42},  # fixed: measuring the labels draws everything twice
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},
@@ -52,7 +52,6 @@ def _axis(title: str, log: bool = False, **more: Any) -> dict[str, Any]:
         "gridcolor": GRID,
         "zeroline": False,
         "linecolor": GRID,
-        "automargin": True,
         "exponentformat": "power",
         "nticks": 6,
         **more,

@@ -30,7 +30,7 @@ from adaptive_opt.telemetry import read_reports, to_json  # noqa: E402
 from tests.browser import Browser  # noqa: E402
 
 PAINTED = "return document.querySelectorAll('.panel .main-svg .xy').length >= 8"
-READ = "return document.querySelector('#facts').textContent.includes(arguments[0])"
+READ = "return document.querySelector('#facts')?.textContent.includes(arguments[0])"
 WATCH = """
 window.drawn = {};
 for (const plot of document.querySelectorAll('.js-plotly-plot')) {

@@ -23,7 +23,7 @@ from adaptive_opt.dashboard.runs import Runs
 from adaptive_opt.dashboard.server import PortTaken, address, serving
 from adaptive_opt.telemetry import read_reports
 
-DRAWN = "return document.querySelectorAll('.panel .main-svg .xy').length >= 8 && document.querySelector('#facts').textContent"
+DRAWN = "return document.querySelectorAll('.panel .main-svg .xy').length >= 8 && document.querySelector('#facts')?.textContent"
 SIX = ["condition", "spectrum", "saddle", "layers", "sharpness", "lipschitz"]
 NAMED = "<script>alert(1)</script>"
 
@@ -139,9 +139,12 @@ def test_pointing_at_a_figure_explains_the_number(browser, url):
 
     browser.open(url)
     browser.wait(DRAWN)
-    point = browser.driver.find_element("css selector", "#graph-condition .point")
-    ActionChains(browser.driver).move_to_element(point).perform()
-    said = browser.wait("return document.querySelector('#graph-condition .hoverlayer')?.textContent")
+    said, until = "", time.monotonic() + 15
+    while not said and time.monotonic() < until:  # a page that is still being laid out moves the point away
+        point = browser.driver.find_element("css selector", "#graph-condition .point")
+        ActionChains(browser.driver).move_by_offset(1, 1).move_to_element(point).perform()
+        time.sleep(0.2)
+        said = browser.driver.execute_script("return document.querySelector('#graph-condition .hoverlayer').textContent")
     assert "noisy from" in said or "grows with the number" in said
 
 

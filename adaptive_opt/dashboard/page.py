@@ -167,15 +167,19 @@ def _callbacks(app: Dash, follower: Follower) -> None:
             raise PreventUpdate
         same = before[0] == name and before[3] == view.now[3]  # no reading came: the six need not be drawn again
         drawn = {p.key: p.draw(view.reports) for p in (BELOW if same else every)}
+
+        def fresh(p: Panel) -> bool:
+            return p.key in drawn or p.key in ("saddle", "sharpness")  # a stall and a held step change without a reading
+
         return (
             content.bar(view.state),
             f"status {view.state.light}",
             view.facts,
             no_update if same else content.log(view.reports),
             *(content.bare(drawn[p.key]) if p.key in drawn else no_update for p in every),
-            *(content.chips(p.chips(view.reports)) for p in every),
+            *(content.chips(p.chips(view.reports)) if fresh(p) else no_update for p in every),
             *(content.legend(drawn[p.key]) if p.key in drawn else no_update for p in every),
-            *(p.note(view.reports) for p in every),
+            *(p.note(view.reports) if fresh(p) else no_update for p in every),
             view.now,
         )
 

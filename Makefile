@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo dashboard-demo bench-dashboard test test-slow lint clean
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -12,6 +12,12 @@ $(SETUP): pyproject.toml constraints.txt
 
 demo: $(SETUP)  ## bare AdamW beside the wrapped one on real MNIST images, healthy and sick (under 3 minutes)
 	$(BIN)/python scripts/demo.py
+
+dashboard-demo: $(SETUP)  ## the dashboard on http://127.0.0.1:8050/ while a sick run is treated
+	$(BIN)/python scripts/dashboard_demo.py
+
+bench-dashboard: $(SETUP)  ## first paint, update and memory on a run of 100,000 lines (needs Chromium)
+	$(BIN)/python scripts/bench_dashboard.py
 
 test: $(SETUP)  ## the default suite (under 6 minutes on 2 cores)
 	$(BIN)/python -m pytest

@@ -9,6 +9,8 @@ from importlib import import_module
 
 COMMANDS: dict[str, str] = {  # name -> what it does, in one line
     "checkup": "one page on a checkpoint: the curvature of its loss, and which layer worries",
+    "dashboard": "a run, live in the browser, or as one HTML file or picture",
+    "watch": "a run as text: status, numbers, last events",
 }
 
 

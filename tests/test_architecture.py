@@ -34,11 +34,12 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     },
     "optimizer": {"capture", "controller", "interventions", "modes", "policy", "probe", "records"},
     "checkup": {"capture", "memory", "objective", "probe", "records"},
-    "commands": {"checkup", "curvature", "page", "telemetry", "verdict"},
+    "commands": {"checkup", "curvature", "dashboard", "page", "telemetry", "verdict"},
     "verdict": {"records"},
     "page": {"records", "verdict"},
     "__main__": {"commands"},
     "telemetry": {"records"},
+    "dashboard": {"diagnosis", "records", "signals", "telemetry"},
 }  # fmt: skip
 FILES = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adaptive_opt.curvature import BACKENDS, CURVATURES, Part, flatten, operator_on
+from adaptive_opt.curvature import BACKENDS, CURVATURES, CannotMeasure, Part, flatten, operator_on
 from adaptive_opt.curvature.vectors import norm
 from adaptive_opt.layers import KINDS, measure_layers, tensors
 from adaptive_opt.lipschitz import measure_lipschitz
@@ -211,17 +211,16 @@ class LanczosProbe(Schedule):
                     return found, fraction * GRADIENT
                 spectra = Spectra(self.num_steps, self.tol, self.delta_tol, self.memory)
                 measured = spectra.full if draft.kind == "full" else spectra.cheap
-                return replace(measured(H, m, memory, found, notes), hvps=H.products), fraction * (
-                    GRADIENT + H.products * PRODUCTS[H.backend]
-                )
+                found = replace(measured(H, m, memory, found, notes), hvps=H.products)
+                return found, fraction * (GRADIENT + H.products * PRODUCTS[H.backend])
 
             try:
                 return numbers(self.backend)
             except ReplayError:
                 raise
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, CannotMeasure) as error:
                 why = str(error).partition("\n")[0]
-                if isinstance(error, ValueError) or self.backend is not None or self.curvature != "hessian":
+                if isinstance(error, CannotMeasure) or self.backend is not None or self.curvature != "hessian":
                     notes.append(f"curvature: {why}")
                     return draft, fraction * GRADIENT
                 # the graph was built, and then an operation had no second derivative after all

@@ -1,7 +1,8 @@
-"""Dense oracles in float64: Hessians by rows of double backward, Jacobians by rows, and small nets to take them of."""
+"""Dense oracles in float64 (Hessians by double backward, Jacobians by rows), small nets to take them of, and counters."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -78,3 +82,60 @@ class Net:
         for p in self.params:
             p.grad = None
         self.loss().backward()
+
+
+def start(n, seed=0, device="cpu", dtype=torch.float64):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def symmetric(eigenvalues, seed):
+    q, _ = torch.linalg.qr(
+        torch.randn(len(eigenvalues), len(eigenvalues), generator=torch.Generator().manual_seed(seed)).double()
+    )
+    a = (q * torch.tensor(eigenvalues, dtype=torch.float64)) @ q.T
+    return (a + a.T) / 2
+
+
+class Transfers(TorchFunctionMode):
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") == "cpu"
+        return func(*args, **(kwargs or {}))
+
+
+class Scalars(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at any one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                holders, size = self.live.get(storage.data_ptr(), (0, storage.nbytes()))
+                self.live[storage.data_ptr()] = holders + 1, size
+                weakref.finalize(t, self._let_go, storage.data_ptr())
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+    def _let_go(self, where):
+        holders, size = self.live[where]
+        if holders == 1:
+            del self.live[where]
+        else:
+            self.live[where] = holders - 1, size

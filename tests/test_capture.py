@@ -300,18 +300,19 @@ def test_an_output_cast_to_float32_under_autocast_is_replayed():
 class Positions(nn.Module):
     """An input beside the batch whose first dimension is the batch's by coincidence, and which must stay whole."""
 
-    def __init__(self):
+    def __init__(self, error=RuntimeError):
         super().__init__()
-        self.linear = nn.Linear(3, 4)
+        self.linear, self.error = nn.Linear(3, 4), error
 
     def forward(self, x, mixing):  # (B, 3), (B, B): a graph's adjacency
         if mixing.shape[0] != mixing.shape[1]:
-            raise RuntimeError("the mixing matrix is square")
+            raise self.error("the mixing matrix is square")
         return self.linear(mixing @ x)
 
 
-def test_a_batch_that_cannot_be_cut_is_measured_whole_and_trusted():
-    model, criterion = Positions(), nn.CrossEntropyLoss()
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_batch_that_cannot_be_cut_is_measured_whole_and_trusted(error):
+    model, criterion = Positions(error), nn.CrossEntropyLoss()
     optimizer = wrap(model, criterion, probe=LanczosProbe(overhead=0.5))
     notes = []
     for _ in range(4):

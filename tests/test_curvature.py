@@ -5,11 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import DEVICES, NETS, Net, dense_jacobian
+from oracles import DEVICES, NETS, Net, Scalars, Transfers, dense_jacobian, start, symmetric
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_opt.curvature import (
     FiniteDifferenceHessian,
@@ -28,18 +26,6 @@ from adaptive_opt.curvature import (
 )
 
 ROUNDING = 1e-13  # of the products and of the dense eigenvalues, relative to the largest: some 50 n eps
-
-
-def start(n, seed=0, device="cpu", dtype=torch.float64):
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
-
-
-def symmetric(eigenvalues, seed):
-    q, _ = torch.linalg.qr(
-        torch.randn(len(eigenvalues), len(eigenvalues), generator=torch.Generator().manual_seed(seed)).double()
-    )
-    a = (q * torch.tensor(eigenvalues, dtype=torch.float64)) @ q.T
-    return (a + a.T) / 2
 
 
 def check_bounds(spectrum, true, delta_tol=0.01):
@@ -176,25 +162,6 @@ def test_bases_stay_orthonormal_in_float32_at_twenty_thousand_parameters():
     top = spectrum.ritz_vector(-1)
     assert abs(top.norm() - 1) < 1e-5
     assert (d * top - spectrum.ritz_values[-1] * top).norm() <= spectrum.residuals[-1] + 1e-5 * 1000
-
-
-class Transfers(TorchFunctionMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += getattr(func, "__name__", "") == "cpu"
-        return func(*args, **(kwargs or {}))
-
-
-class Scalars(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_run_without_tolerance_waits_for_the_device_once():

@@ -1,12 +1,14 @@
 """Spectra of large symmetric operators by matrix-free products. Tensors only: this room knows no training."""
 
-from adaptive_opt.curvature.backend import BACKENDS, CURVATURES, Part, operator_on
+from adaptive_opt.curvature.backend import BACKENDS, CURVATURES, CannotMeasure, Part, operator_on
 from adaptive_opt.curvature.block_lanczos import block_lanczos
 from adaptive_opt.curvature.budget import lanczos_within
+from adaptive_opt.curvature.density import Density, density
 from adaptive_opt.curvature.eigenpairs import Eigenpairs, top_eigenpairs
 from adaptive_opt.curvature.golub_kahan import Bidiagonal, golub_kahan
 from adaptive_opt.curvature.jacobian import Jacobian, LayerSpectrum, Point, layer_spectrum
 from adaptive_opt.curvature.lanczos import Spectrum, lanczos
+from adaptive_opt.curvature.low_rank import LowRank, randomized_eigh
 from adaptive_opt.curvature.operators import FiniteDifferenceHessian, GaussNewton, Hessian, Operator, Rebuilt, Sum, scaled
 from adaptive_opt.curvature.quadrature import (
     condition_number_bound,
@@ -19,6 +21,7 @@ from adaptive_opt.curvature.quadrature import (
 from adaptive_opt.curvature.questions import Question, ends, is_below, largest, negative_below, top
 from adaptive_opt.curvature.rayleigh_ritz import RitzPair, top_ritz_pair
 from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
+from adaptive_opt.curvature.trace import TraceEstimate, hutchinson, hutchpp, xtrace
 from adaptive_opt.curvature.two_pass import two_pass_lanczos
 from adaptive_opt.curvature.vectors import flatten, unflatten
 
@@ -26,12 +29,15 @@ __all__ = [
     "BACKENDS",
     "CURVATURES",
     "Bidiagonal",
+    "CannotMeasure",
+    "Density",
     "Eigenpairs",
     "FiniteDifferenceHessian",
     "GaussNewton",
     "Hessian",
     "Jacobian",
     "LayerSpectrum",
+    "LowRank",
     "Operator",
     "Part",
     "Point",
@@ -40,14 +46,18 @@ __all__ = [
     "RitzPair",
     "Spectrum",
     "Sum",
+    "TraceEstimate",
     "block_lanczos",
     "condition_number_bound",
     "count_below",
+    "density",
     "effective_condition_number",
     "ends",
     "estimate_below",
     "flatten",
     "golub_kahan",
+    "hutchinson",
+    "hutchpp",
     "is_below",
     "lanczos",
     "lanczos_within",
@@ -56,6 +66,7 @@ __all__ = [
     "negative_below",
     "operator_on",
     "outer_ends",
+    "randomized_eigh",
     "scaled",
     "thick_restart_lanczos",
     "top",
@@ -64,4 +75,5 @@ __all__ = [
     "trace_estimate",
     "two_pass_lanczos",
     "unflatten",
+    "xtrace",
 ]

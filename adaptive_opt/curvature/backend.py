@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptive_opt.curvature.operators import FiniteDifferenceHessian, GaussNewton, Hessian, Operator, Rebuilt, Sum
+from adaptive_opt.curvature.operators import EMPTY, FiniteDifferenceHessian, GaussNewton, Hessian, Operator, Rebuilt, Sum
 from adaptive_opt.curvature.vectors import flatten
 
 BACKENDS = ("exact", "exact_rebuilt", "finite_difference")
 CURVATURES = ("hessian", "gauss_newton")
 GRAPHS = 2**30  # bytes: kept graphs of several batches may take as much together, unless a memory budget says otherwise
+
+
+class CannotMeasure(ValueError):
+    """What was asked for cannot be had here; the message says why and what would help."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ def operator_on(
     """
     if backend not in (None, *BACKENDS) or curvature not in CURVATURES:
         raise ValueError(f"backend={backend!r}, curvature={curvature!r}: one of {BACKENDS} or None, one of {CURVATURES}")
+    if not parts:
+        raise ValueError(EMPTY)
 
     def build() -> Iterator[Operator]:
         for part in parts:
@@ -47,7 +53,7 @@ def operator_on(
 
     def differences() -> Operator:
         if curvature != "hessian":
-            raise ValueError("backend='finite_difference' has no Gauss-Newton matrix: take curvature='hessian'")
+            raise CannotMeasure("backend='finite_difference' has no Gauss-Newton matrix: take curvature='hessian'")
         return FiniteDifferenceHessian(lambda: _gradient(parts, params), params)
 
     if backend == "finite_difference":
@@ -93,7 +99,9 @@ def _exact(part: Part, params: Sequence[Tensor], curvature: str) -> Operator:
     if curvature == "hessian":
         return Hessian(part.loss, params)
     if not part.outputs:
-        raise ValueError("curvature='gauss_newton' needs the model's output; an objective() or a closure shows only the loss")
+        raise CannotMeasure(
+            "curvature='gauss_newton' needs the model's output; an objective() or a closure shows only the loss"
+        )
     return GaussNewton(part.outputs, part.loss, params)
 
 
@@ -105,5 +113,5 @@ def _gradient(parts: Parts, params: Sequence[Tensor]) -> Tensor:
         g = flatten([torch.zeros_like(p) if d is None else d for d, p in zip(grads, params, strict=True)])
         total = g if total is None else total + g
     if total is None:
-        raise ValueError("an operator over no batch at all: the data is empty")
+        raise ValueError(EMPTY)
     return total

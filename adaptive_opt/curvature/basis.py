@@ -1,9 +1,11 @@
 """Rows of an orthonormal set, kept as they are, in half precision, or on another device."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from adaptive_opt.curvature.vectors import accumulator, pieces
+from adaptive_opt.curvature.vectors import PIECE, accumulator, pieces
 
 
 class Basis:
@@ -36,19 +38,19 @@ class Basis:
 
     def dots(self, w: Tensor) -> Tensor:
         """(size,): each row times w, accumulated wide over the pieces."""
-        return self._sum([self._wide(s) @ w[s] for s in pieces(w.numel())])
+        return self._sum([self._wide(s) @ w[s] for s in self._pieces()])
 
     def remove(self, coefficients: Tensor, w: Tensor) -> None:
         """w -= rows' coefficients, in place."""
         c = (coefficients / self.scale).to(w.dtype)
-        for s in pieces(w.numel()):
+        for s in self._pieces():
             w[s].addmv_(self._wide(s).T, c, alpha=-1)
 
     def remove_then_dots(self, coefficients: Tensor, w: Tensor) -> Tensor:
         """`remove`, then `dots` of what is left, while the rows' pieces are still in the cache."""
         c = (coefficients / self.scale).to(w.dtype)
         parts = []
-        for s in pieces(w.numel()):
+        for s in self._pieces():
             rows = self._wide(s)
             parts.append(rows @ w[s].addmv_(rows.T, c, alpha=-1))
         return self._sum(parts)
@@ -70,7 +72,7 @@ class Basis:
         """Rows of coefficients @ rows, (k, size), in the place of the rows; no second basis is needed."""
         k = len(coefficients)
         c = coefficients.to(device=self.like.device, dtype=self.like.dtype)
-        for s in pieces(self.rows.shape[1]):
+        for s in pieces(self.rows.shape[1], max(PIECE // max(self.size, 1), 1)):  # what is made of a piece is k pieces
             self.rows[:k, s] = (c @ self._wide(s)).to(self.rows)
         self.size = k
 
@@ -78,10 +80,14 @@ class Basis:
         """Largest entry of |Q Q' - I|, on the device."""
         wide = accumulator(self.like)
         gram = torch.zeros(self.size, self.size, dtype=wide, device=self.like.device)
-        for s in pieces(self.rows.shape[1]):
+        for s in self._pieces():
             block = self._wide(s)
             gram += (block @ block.T).to(wide)
         return (gram / self.scale**2 - torch.eye(self.size, dtype=wide, device=gram.device)).abs().max()
+
+    def _pieces(self) -> Iterator[slice]:
+        """All rows of a piece are widened together: they must not take more than one vector's piece does."""
+        return pieces(self.rows.shape[1], PIECE if self.as_made else max(PIECE // max(self.size, 1), 1))
 
     def _wide(self, s: slice) -> Tensor:
         """Rows in the run's own dtype and device; a view where they already are."""

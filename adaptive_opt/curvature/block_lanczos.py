@@ -1,4 +1,7 @@
-"""Block Lanczos with full reorthogonalisation: for ends whose eigenvalues come in clusters (Golub and Underwood, 1977)."""
+"""Block Lanczos with full reorthogonalisation: for ends whose eigenvalues come in clusters (Golub and Underwood, 1977).
+
+The blocks are built a row at a time (Ruhe, 1979): a row that is missing to a block's rank is replaced, and the run goes on.
+"""
 
 import numpy as np
 import torch
@@ -6,72 +9,63 @@ from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum
-from adaptive_opt.curvature.vectors import accumulator
+from adaptive_opt.curvature.subspace import extend
+from adaptive_opt.curvature.vectors import accumulator, negligible, norm
 
 
 def block_lanczos(matvec: Matvec, start: Tensor, num_blocks: int) -> Spectrum:
     """`num_blocks` times as many products as `start`, (b, n), has rows; finds eigenvalues of multiplicity up to b.
 
     One vector sees each eigenvalue once, however often it occurs; b vectors see up to b copies, and part eigenvalues that lie
-    close together earlier. The weights are those of the mean quadrature of the b orthonormalised start vectors. The host is
-    synchronised once, at the end. Raises ValueError when the blocks do not fit into the space, FloatingPointError when a
-    product is not finite.
+    close together earlier. The weights are those of the mean quadrature of the b orthonormalised start vectors; start vectors
+    that depend on the others are replaced by random ones. Keeps (num_blocks + 1) b + 4 vectors. The host is synchronised once,
+    at the end. Raises ValueError when no block fits into the space, FloatingPointError when the start block vanishes, or it or
+    the first product is not finite; a later one that is not finite shortens the run.
     """
     b, n = start.shape
-    m = min(num_blocks, n // b)
+    m = min(num_blocks, n // b) * b if b else 0  # products
     if m < 1:
         raise ValueError(f"block_lanczos(start of shape {(b, n)}, num_blocks={num_blocks}): one block must fit into the space")
-    wide = accumulator(start)
-    basis = Basis(m * b, start[0])
-    t = torch.zeros(m * b, m * b, dtype=wide, device=start.device)  # Q A Q'
-    q, _ = _orthonormal(start, basis)
-    r = torch.zeros(b, b, dtype=wide, device=start.device)
+    basis = Basis(min(m + b, n), start[0])
+    sizes = torch.stack([norm(row) for row in start])
+    for row in start:
+        extend(basis, row)
+    t = torch.zeros(m + b, m, dtype=accumulator(start), device=start.device)  # A Q_m = Q_(m+b) t
     for j in range(m):
-        for row in q:
-            basis.append(row)
-        w = torch.stack([matvec(row) for row in q])  # (b, n)
-        for i, row in enumerate(w):
-            t[: basis.size, j * b + i] = basis.dots(row)
-        q, r = _orthonormal(w, basis)
-    return _spectrum(t.cpu().double().numpy(), r.cpu().double().numpy(), b, basis)
+        w = matvec(basis.rows[j])
+        k = basis.size
+        if k < n:
+            t[:k, j], t[k, j] = extend(basis, w)
+        else:
+            t[:k, j] = basis.dots(w)
+    known = torch.cat([sizes, t.flatten()]).cpu().double().numpy()  # the one synchronisation
+    return _spectrum(known[b:].reshape(m + b, m), known[:b], basis)
 
 
-def _orthonormal(w: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows q, orthogonal to the basis too, with w = r q + what lies in the basis; a missing rank is filled up."""
-    w = w.clone()
-    r = torch.eye(len(w), dtype=w.dtype, device=w.device)
-    for _ in range(2):  # what fills up a missing rank is orthogonal to nothing before the second time
-        if basis.size:
-            for row in w:
-                basis.remove(basis.dots(row), row)
-                basis.remove(basis.dots(row), row)
-        q, upper = torch.linalg.qr(w.T)
-        w, r = q.T.contiguous(), r @ upper.T
-    return w, r.to(accumulator(w))
-
-
-def _spectrum(t: np.ndarray, r: np.ndarray, b: int, basis: Basis) -> Spectrum:
-    n, eps, m = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps), len(t) // b
-    if not (np.isfinite(t).all() and np.isfinite(r).all()):
-        raise FloatingPointError("block_lanczos: a matrix-vector product (or the start block) is not finite")
-    upper = np.triu(t)
-    symmetric = upper + np.triu(t, 1).T
-    band = np.abs(np.subtract.outer(np.arange(m * b) // b, np.arange(m * b) // b)) <= 1
-    defect = np.linalg.norm(np.where(band, 0.0, symmetric))  # a symmetric operator couples neighbouring blocks alone
-    projected = np.where(band, symmetric, 0.0)
-    theta, s = np.linalg.eigh(projected)
+def _spectrum(t: np.ndarray, sizes: np.ndarray, basis: Basis) -> Spectrum:
+    n, eps, b = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps), len(sizes)
+    finite = np.isfinite(t).all(0)
+    k = t.shape[1] if finite.all() else int(np.argmin(finite))
+    if k == 0 or not np.isfinite(sizes).all() or not sizes.any():
+        raise FloatingPointError(
+            "block_lanczos: the first matrix-vector product is not finite, or the start block is not or is 0"
+        )
+    projected, below = t[:k, :k], t[k:, :k]  # A Q_k = Q_k projected + rows beyond
+    theta, s = np.linalg.eigh((projected + projected.T) / 2)
+    asymmetry = float(np.linalg.norm(projected - projected.T)) / 2
     rounding = 8 * eps * np.abs(theta).max()
-    tail = np.linalg.norm(r.T @ s[-b:], axis=0) if m * b < n else np.zeros(len(theta))
-    scale = max(np.abs(theta).max(), np.finfo(float).tiny)
+    tail = np.linalg.norm(below @ s, axis=0) if k < n else np.zeros(k)
+    basis.size = k
     return Spectrum(
         ritz_values=theta,
-        residuals=tail + rounding + defect,
-        weights=(s[:b] ** 2).sum(0) / b,
+        residuals=tail + rounding + asymmetry,
+        weights=(s[:b] ** 2).sum(0) / min(b, k),
         coefficients=s,
         vectors=basis,
-        exhausted=bool(np.linalg.norm(r) <= np.sqrt(n) * eps * scale) or m * b == n,
+        exhausted=k == n or bool(np.linalg.norm(below) <= negligible(n, eps) * np.abs(theta).max()),
         dim=n,
-        products=m * b,
-        asymmetry=float(defect),
+        products=t.shape[1],
+        asymmetry=asymmetry,
         method="block",
+        block=b,
     )

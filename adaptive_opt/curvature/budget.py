@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adaptive_opt.curvature.backend import CannotMeasure
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum, lanczos
 from adaptive_opt.curvature.questions import Question
 from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
 from adaptive_opt.curvature.two_pass import two_pass_lanczos
 
+BESIDE = 4  # vectors that Lanczos holds beside its basis and the start
 WORTH_RESTARTING = 8  # vectors: with fewer, restarts waste more products than a second pass
 
 
@@ -19,23 +21,23 @@ def lanczos_within(
     """`lanczos` with its vectors held to `memory` bytes; the Spectrum's `method` says how.
 
     The first that fits: the whole basis; the basis on the host, if the operator lives on another device; the basis in half
-    precision; a restarted basis of eight vectors or more; no basis (two passes, five vectors). Each needs three vectors beside
-    its basis. Raises ValueError when not even five vectors fit.
+    precision; a restarted basis of eight vectors or more; no basis (two passes, five vectors with the start). The others need
+    four vectors beside their basis. Raises CannotMeasure when not even five vectors fit.
     """
     n, size = start.numel(), start.element_size()
     m = min(num_steps, n)
-    if memory is None or (m + 3) * n * size <= memory:
+    if memory is None or (m + BESIDE) * n * size <= memory:
         return lanczos(matvec, start, num_steps, until=until)
     if 5 * n * size > memory:
-        raise ValueError(
+        raise CannotMeasure(
             f"memory={memory} bytes: Lanczos needs at least five vectors of {n} entries, {5 * n * size} bytes; give more, or "
             "measure one layer's parameters"
         )
     if start.device.type != "cpu":
         return lanczos(matvec, start, num_steps, until=until, device="cpu")
-    if size > 2 and m * n * 2 + 3 * n * size <= memory:
+    if size > 2 and m * n * 2 + BESIDE * n * size <= memory:
         return lanczos(matvec, start, num_steps, until=until, dtype=torch.float16)
-    rows = memory // (n * size) - 3
+    rows = memory // (n * size) - BESIDE
     if rows >= WORTH_RESTARTING:
         return thick_restart_lanczos(matvec, start, num_steps, rows, until=until)
     return two_pass_lanczos(matvec, start, num_steps, until=until)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
-from adaptive_opt.curvature.vectors import accumulator, norm
+from adaptive_opt.curvature.vectors import accumulator, negligible, norm
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _solve(steps: np.ndarray, shape: tuple[int, int], eps: float, eps_products: 
     # The Krylov space is invariant where alpha or beta vanishes beside what came before: what follows is rounding noise.
     scale = np.maximum.accumulate(alpha[:k] + beta[:k])
     before = np.concatenate([[0.0], scale[:-1]])
-    negligible = np.sqrt(max(shape)) * eps
-    no_alpha, no_beta = alpha[:k] <= negligible * before, beta[:k] <= negligible * scale
+    least = negligible(max(shape), eps)
+    no_alpha, no_beta = alpha[:k] <= least * before, beta[:k] <= least * scale
     ends = no_alpha | no_beta
     exhausted = bool(ends.any()) or k == n
     k = int(np.argmax(ends)) + 1 if ends.any() else k
@@ -113,7 +113,7 @@ def _solve(steps: np.ndarray, shape: tuple[int, int], eps: float, eps_products: 
     if no_alpha[k - 1]:
         dropped = alpha[k - 1]
     elif exhausted:
-        dropped = min(beta[k - 1], negligible * scale[k - 1])  # after n steps beta is noise of any size
+        dropped = min(beta[k - 1], least * scale[k - 1])  # after n steps beta is noise of any size
     else:
         tail = beta[k - 1]
     B = np.diag(np.where(no_alpha[:k], 0.0, alpha[:k])) + np.diag(beta[: k - 1], 1)  # J V = U B, J'U = V B' + tail v e_k'

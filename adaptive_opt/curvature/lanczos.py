@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.questions import Question, next_look
-from adaptive_opt.curvature.vectors import accumulator, dot, norm
+from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
 
 Matvec = Callable[[Tensor], Tensor]
 (_stevd,) = get_lapack_funcs(("stevd",), dtype=np.float64)
@@ -43,6 +43,7 @@ class Spectrum:
     products: int  # with A
     asymmetry: float = 0.0  # norm of what A did that no symmetric operator does; already within the residuals
     method: str = "full"  # how the basis was kept: "full", "half", "host", "restarted", "two-pass", "block"
+    block: int = 1  # start vectors
 
     @property
     def epsilon(self) -> float:
@@ -105,7 +106,7 @@ def lanczos(
             known = (steps[:, : j + 1].cpu() if waits else steps[:, : j + 1]).double().numpy()
             so_far = _spectrum(known, basis)
             excess = until(so_far)
-            if so_far.exhausted or excess <= 1:
+            if so_far.exhausted or excess <= 1 or len(so_far.ritz_values) <= j:  # the last: no longer finite
                 break
             look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis))) if waits else j + 2
     else:
@@ -125,7 +126,8 @@ def _spectrum(steps: np.ndarray, basis: Basis) -> Spectrum:
     alpha, beta, defect = steps
     n, eps = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps)
     k, exhausted = usable(alpha, beta, n, eps)
-    theta, s, residuals = ritz(alpha[:k], beta[:k], n, eps)
+    same = basis.rows.dtype == basis.like.dtype
+    theta, s, residuals = ritz(alpha[:k], beta[:k], n if same else 0, eps)  # rounded rows leave something of any space
     asymmetry = float(np.linalg.norm(defect[:k]))
     return Spectrum(
         ritz_values=theta,
@@ -149,7 +151,7 @@ def usable(alpha: np.ndarray, beta: np.ndarray, n: int, eps: float) -> tuple[int
         raise FloatingPointError("lanczos: the first matrix-vector product (or the start vector) is not finite")
     # An invariant subspace was found where beta vanishes beside what came before: what follows is rounding noise.
     scale = np.maximum.accumulate(np.abs(alpha[:k]) + beta[:k])
-    small = beta[:k] <= np.sqrt(n) * eps * scale
+    small = beta[:k] <= negligible(n, eps) * scale
     return (int(np.argmax(small)) + 1, True) if small.any() else (k, k == n)
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from adaptive_opt.curvature.vectors import flatten, norm, unflatten
 
 _ONCE = once_differentiable(lambda ctx: None).__code__  # of every backward with that mark
+EMPTY = "an operator over no batch at all: the data is empty"
 
 
 class Operator(Protocol):
@@ -111,8 +112,11 @@ class FiniteDifferenceHessian:
     def __call__(self, v: Tensor) -> Tensor:
         self.products += 1
         kept = [p.detach().clone() for p in self.params]
-        # step ~ eps^(1/3) relative to the weights balances truncation against rounding
-        h = torch.finfo(v.dtype).eps ** (1 / 3) * (1 + norm(flatten(kept))) / norm(v).clamp_min(1e-30)
+        # step ~ eps^(1/3) relative to the weights balances truncation against rounding; weights in half precision must move by
+        # more than they round (a tenth of their own eps^(1/3), measured: 2 % error in float16, 8 % in bfloat16)
+        of_weights = max(torch.finfo(k.dtype).eps for k in kept)
+        step = max(torch.finfo(v.dtype).eps ** (1 / 3), 0.1 * of_weights ** (1 / 3))
+        h = step * (1 + norm(flatten(kept))) / norm(v).clamp_min(1e-30)
         h = h.to(v.dtype)
         try:
             ahead = self._at(kept, v, h)
@@ -123,8 +127,8 @@ class FiniteDifferenceHessian:
         return (ahead - behind) / (2 * h)
 
     def _at(self, kept: list[Tensor], v: Tensor, h: Tensor) -> Tensor:
-        for p, k, d in zip(self.params, kept, unflatten(v, kept), strict=True):
-            p.copy_(k + h.to(k.dtype) * d)
+        for p, k, d in zip(self.params, kept, v.split([k.numel() for k in kept]), strict=True):
+            p.copy_(k + h * d.view(k.shape))  # in v's precision: in half precision h may overflow, and d vanish
         return self._gradient()
 
 
@@ -133,6 +137,8 @@ class Sum:
 
     def __init__(self, parts: Sequence[Operator]):
         self.parts = list(parts)
+        if not self.parts:
+            raise ValueError(EMPTY)
         self.backend = self.parts[0].backend
         self.gradient = torch.stack([part.gradient for part in self.parts]).sum(0)
         self.products = 0
@@ -152,12 +158,16 @@ class Rebuilt:
 
     def __init__(self, build: Callable[[], Iterable[Operator]]):
         self._build = build
-        self.gradient = _total(part.gradient for part in build())
+        self.gradient = _total(map(_gradient_of, build()))
         self.products = 0
 
     def __call__(self, v: Tensor) -> Tensor:
         self.products += 1
-        return _total(part(v) for part in self._build())
+
+        def product(part: Operator) -> Tensor:
+            return part(v)
+
+        return _total(map(product, self._build()))  # a loop's variable would keep one graph more than the present one
 
 
 def scaled(matvec: Callable[[Tensor], Tensor], root: Tensor) -> Callable[[Tensor], Tensor]:
@@ -174,12 +184,16 @@ def _filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
     return flatten([torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)])
 
 
+def _gradient_of(part: Operator) -> Tensor:
+    return part.gradient
+
+
 def _total(vectors: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for v in vectors:
         total = v if total is None else total + v
     if total is None:
-        raise ValueError("an operator over no batch at all: the data is empty")
+        raise ValueError(EMPTY)
     return total
 
 

@@ -31,13 +31,15 @@ def outer_ends(spectrum: Spectrum, failure: float = 0.01) -> tuple[float, float]
     Kuczynski and Wozniakowski (1992), theorem 4.2: after k steps the largest eigenvalue of a positive semi-definite matrix is
     missed by more than a share x of itself with probability 1.648 sqrt(n) exp(-sqrt(x) (2k - 1)) at most. Applied to
     A - lambda_min and lambda_max - A. It holds for start vectors uniform on the sphere only, not for warm ones; it is far
-    from sharp for spectra with outliers. Infinite while the run is too short to say anything.
+    from sharp for spectra with outliers. Infinite while the run is too short to say anything. A run with b start vectors counts
+    as the k / b steps from one of them that it contains.
     """
     theta, n = spectrum.ritz_values, spectrum.dim
     low, high = float(theta[0] - spectrum.residuals[0]), float(theta[-1] + spectrum.residuals[-1])
     if spectrum.exhausted:
         return low, high
-    share = float((np.log(1.648 * np.sqrt(n) / failure) / (2 * len(theta) - 1)) ** 2)
+    steps = max(len(theta) // spectrum.block, 1)
+    share = float((np.log(1.648 * np.sqrt(n) / failure) / (2 * steps - 1)) ** 2)
     if share >= 0.5:  # both ends are unknown: missed = share * (spread + missed at the one + missed at the other)
         return -np.inf, np.inf
     missed = share * float(theta[-1] - theta[0]) / (1 - 2 * share)
@@ -47,8 +49,8 @@ def outer_ends(spectrum: Spectrum, failure: float = 0.01) -> tuple[float, float]
 def condition_number_bound(spectrum: Spectrum) -> float:
     """Certified lower bound on |lambda|_max / |lambda|_min: epsilon / min_i (|theta_i| + residual_i).
 
-    Exact when the Krylov space is exhausted and reaches every eigenvalue; infinite for the zero operator's 0/0 never
-    arises because the residuals include the rounding level.
+    Exact when the Krylov space is exhausted and reaches every eigenvalue. Never infinite, because the residuals include the
+    rounding; NaN for the zero operator.
     """
     smallest = float((np.abs(spectrum.ritz_values) + spectrum.residuals).min())
     return spectrum.epsilon / smallest if smallest > 0 else float("nan")
@@ -63,15 +65,28 @@ def effective_condition_number(spectrum: Spectrum) -> float:
     magnitude = np.maximum(np.abs(spectrum.ritz_values), spectrum.residuals)  # below its residual a value is unknown
     if not magnitude.max() > 0:
         return float("nan")
-    r = float((spectrum.weights * magnitude).sum() * (spectrum.weights / magnitude).sum())
+    w = _weights(spectrum)
+    r = float((w * magnitude).sum() * (w / magnitude).sum())
     c = max(2 * r - 1, 1.0)
     return c + float(np.sqrt(c * c - 1))
 
 
+def quadrature(spectrum: Spectrum, f: np.ndarray) -> np.ndarray:
+    """n sum_i w_i f_i over the last axis of f, (..., k): estimates trace f(A). Raises ValueError after a restart."""
+    return spectrum.dim * (f @ _weights(spectrum))
+
+
+def _weights(spectrum: Spectrum) -> np.ndarray:
+    if len(spectrum.weights) != len(spectrum.ritz_values):
+        raise ValueError(
+            f"a {spectrum.method} Lanczos run has no quadrature: estimates need one that kept its whole basis, or two passes"
+        )
+    return spectrum.weights
+
+
 def _moments(spectrum: Spectrum, f: np.ndarray) -> tuple[float, float]:
     """n E[f] and n E[f^2] under the run's quadrature weights."""
-    w = spectrum.weights
-    return spectrum.dim * float(w @ f), spectrum.dim * float(w @ f**2)
+    return float(quadrature(spectrum, f)), float(quadrature(spectrum, f**2))
 
 
 def _estimate(moments: list[tuple[float, float]], n: int) -> tuple[float, float]:

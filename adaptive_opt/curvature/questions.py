@@ -64,14 +64,15 @@ def ends(top: float, bottom: float | None = None, floor: float = 0.0) -> Questio
 def negative_below(tau: float) -> Question:
     """Is lambda_min below -tau * epsilon? See `is_below` for the answer.
 
-    Yes is certain as soon as one Ritz value and the residual of the largest allow no other answer. No is given when the
-    lowest Ritz value has converged above: certain for the eigenvalue found, likely for the spectrum (`outer_ends` says how
-    likely).
+    Yes is certain as soon as one Ritz value and the residuals of both ends, of which one is epsilon, allow no other answer. No
+    is given when the lowest Ritz value lies above by four times its residual: certain for the eigenvalue found, likely for the
+    spectrum (`outer_ends` says how likely).
     """
 
     def excess(s: Known) -> float:
         margin = -tau * s.epsilon - s.ritz_values[0]  # above 0: below the line
-        unsure = tau * s.residuals.max() if margin > 0 else s.residuals[0]
+        # No takes four times the care: a lower eigenvalue that the first steps have not seen yet shows while this one converges
+        unsure = tau * max(s.residuals[0], s.residuals[-1]) if margin > 0 else 4 * s.residuals[0]
         return float(unsure / max(abs(margin), _TINY))
 
     return excess
@@ -91,4 +92,4 @@ def next_look(step: int, excess: float = math.nan, before: float = math.nan) -> 
     return step + min(max(ahead, 2), 4)
 
 
-_TINY = np.finfo(float).tiny
+_TINY = 1e-200  # in the place of 0: a quotient by the least float would overflow

@@ -7,7 +7,7 @@ from torch import Tensor
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum
 from adaptive_opt.curvature.questions import Question
-from adaptive_opt.curvature.vectors import accumulator, dot, norm
+from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
 
 
 def thick_restart_lanczos(
@@ -48,26 +48,30 @@ def thick_restart_lanczos(
             basis.append(q)
             w = torch.clone(matvec(q))
             alpha[j] = dot(q, w)
-            expected = torch.cat([tie if j == k else torch.zeros(max(j - 1, 0), dtype=wide, device=start.device)])
-            expected = expected if j == k else torch.cat([expected, beta[j - 1 : j]])
             found = basis.dots(w)
-            defect[j] = (found[:j] - expected).norm()
+            unexpected = found[:j].clone()  # w holds what couples the first new vector to the kept, and the others to the last
+            if j == k:
+                unexpected -= tie
+            else:
+                unexpected[-1] -= beta[j - 1]
+            defect[j] = unexpected.norm()
             basis.remove(found, w)
             basis.remove(basis.dots(w), w)
             beta[j] = norm(w)
             q = w.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))
         products += last - k
-        spectrum = _spectrum(steps.cpu().double().numpy(), kept, coupling, basis, products, asymmetry)
+        known = steps.cpu().double().numpy()  # the one synchronisation of this restart
+        spectrum = _spectrum(known, kept, coupling, basis, products, asymmetry)
         asymmetry = spectrum.asymmetry
         answered = until is not None and until(spectrum) <= 1
-        if spectrum.exhausted or answered or products >= num_steps:
-            basis.size = len(spectrum.ritz_values)
+        if spectrum.exhausted or answered or products >= num_steps or len(spectrum.ritz_values) < last:
+            basis.size = len(spectrum.ritz_values)  # fewer than `last`: a product was not finite
             return spectrum
         # the pairs nearest to both ends, at most half of the basis: the rest is room to grow
         few = max(b // 2, 1)
         ends = sorted({*range((few + 1) // 2), *range(last - few // 2, last)})
         kept = spectrum.ritz_values[ends]
-        coupling = float(beta[last - 1]) * spectrum.coefficients[-1, ends]
+        coupling = known[1, last - 1] * spectrum.coefficients[-1, ends]
         basis.replace(torch.as_tensor(spectrum.coefficients[:, ends].T))
 
 
@@ -78,22 +82,27 @@ def _spectrum(
     n, eps, k = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps), len(kept)
     finite = np.isfinite(alpha) & np.isfinite(beta)
     size = len(alpha) if finite.all() else int(np.argmin(finite))
-    if size <= k:
+    if size == 0:
         raise FloatingPointError("thick_restart_lanczos: a matrix-vector product (or the start vector) is not finite")
-    scale = max(np.abs(alpha[:size]).max(), np.abs(kept).max(initial=0.0)) + beta[k:size].max()
-    small = np.flatnonzero(beta[k:size] <= np.sqrt(n) * eps * scale)
+    scale = max(np.abs(alpha[:size]).max(), np.abs(kept).max(initial=0.0)) + beta[k:size].max(initial=0.0)
+    small = np.flatnonzero(beta[k:size] <= negligible(n, eps) * scale)
     exhausted = len(small) > 0 or size == n
     size = k + int(small[0]) + 1 if len(small) else size
     t = np.diag(np.concatenate([kept, alpha[k:size]]))
-    t[:k, k] = t[k, :k] = coupling
+    if size > k:  # else the first product after a restart was not finite, and the kept pairs are what is known
+        t[:k, k] = t[k, :k] = coupling
     for j in range(k, size - 1):
         t[j, j + 1] = t[j + 1, j] = beta[j]
     theta, s = np.linalg.eigh(t)
-    rounding = 8 * eps * np.abs(theta).max()
+    same = basis.rows.dtype == basis.like.dtype
+    # rows that are kept rounded are Ritz vectors only up to that, twice on the way through A and theta
+    of_rows = 0.0 if same or k == 0 else float(torch.finfo(basis.rows.dtype).eps) * np.sqrt(k)
+    rounding = (8 * eps + of_rows) * np.abs(theta).max()
+    tail = coupling if size == k else s[-1] * (0.0 if size == n and same else beta[size - 1])
     asymmetry = float(np.hypot(asymmetry, np.linalg.norm(defect[k:size])))
     return Spectrum(
         ritz_values=theta,
-        residuals=np.abs((0.0 if size == n else beta[size - 1]) * s[-1]) + rounding + asymmetry,
+        residuals=np.abs(tail) + rounding + asymmetry,
         weights=s[0] ** 2 if k == 0 else np.zeros(0),
         coefficients=s,
         vectors=basis,

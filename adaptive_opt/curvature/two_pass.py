@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptive_opt.curvature.lanczos import Matvec, Spectrum, ritz, usable
 from adaptive_opt.curvature.questions import Question, next_look
-from adaptive_opt.curvature.vectors import accumulator, dot, norm
+from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
 
 
 def two_pass_lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, until: Question | None = None) -> Spectrum:
@@ -40,19 +40,21 @@ def two_pass_lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, until: Qu
             again = _Again(matvec, start, steps[:2, : j + 1])
             so_far = _spectrum(known, again)
             excess = until(so_far)
-            if so_far.exhausted or excess <= 1:
+            if so_far.exhausted or excess <= 1 or len(so_far.coefficients) <= j:  # the last: no longer finite
                 return so_far
             look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], again)))
     return _spectrum(steps.cpu().double().numpy(), _Again(matvec, start, steps[:2]))
 
 
 def _next(w: Tensor, q: Tensor, before: Tensor | None, steps: Tensor, j: int) -> Tensor:
-    """The next Lanczos vector; beta[j] is set on the way."""
-    w = torch.addcmul(w, q, steps[0, j].to(w.dtype), value=-1)
-    if before is not None:
-        w.addcmul_(before, steps[1, j - 1].to(w.dtype), value=-1)
-    steps[1, j] = norm(w)
-    return w.div_(steps[1, j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))
+    """The next Lanczos vector, in the memory of `before`; beta[j] is set on the way."""
+    alpha, beta = steps[0], steps[1]
+    if before is None:
+        r = torch.addcmul(w, q, alpha[j].to(w.dtype), value=-1)  # a new tensor: matvec may have returned q itself
+    else:
+        r = before.mul_(-beta[j - 1].to(w.dtype)).add_(w).addcmul_(q, alpha[j].to(w.dtype), value=-1)
+    beta[j] = norm(r)
+    return r.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))
 
 
 @dataclass
@@ -73,7 +75,7 @@ class _Again:
             y.addcmul_(q, c[j])
             if j + 1 < len(c):
                 before, q = q, _next(self.matvec(q), q, before, steps, j)
-        return y
+        return y.mul_((c.norm() / norm(y).clamp_min(torch.finfo(y.dtype).tiny)).to(y.dtype))  # a ghost's vector is short
 
     def orthogonality(self) -> Tensor:
         return torch.tensor(self.lost)
@@ -82,16 +84,19 @@ class _Again:
 def _spectrum(steps: np.ndarray, again: _Again) -> Spectrum:
     alpha, beta, defect, lost = steps
     n, eps = again.start.numel(), float(torch.finfo(again.start.dtype).eps)
-    k, exhausted = usable(alpha, beta, n, eps)
-    theta, s, residuals = ritz(alpha[:k], beta[:k], n, eps)
+    k, _ = usable(alpha, beta, n, eps)
+    exhausted = bool(
+        beta[k - 1] <= negligible(n, eps) * (np.abs(alpha[:k]) + beta[:k]).max()
+    )  # n steps alone fill no space here
+    theta, s, residuals = ritz(alpha[:k], beta[:k], 0, eps)
     weights = s[0] ** 2
-    true = _without_copies(theta, weights, eps)
+    true, weights = _without_copies(theta, weights, eps)
     asymmetry = float(np.linalg.norm(defect[1:k]))
     again.lost = float(np.abs(lost[:k]).max())
     return Spectrum(
         ritz_values=theta[true],
         residuals=residuals[true] + asymmetry,
-        weights=weights[true] / weights[true].sum(),
+        weights=weights / weights.sum(),
         coefficients=s[:, true],
         vectors=again,
         exhausted=exhausted,
@@ -102,10 +107,14 @@ def _spectrum(steps: np.ndarray, again: _Again) -> Spectrum:
     )
 
 
-def _without_copies(theta: np.ndarray, weights: np.ndarray, eps: float) -> np.ndarray:
-    """Indices, ascending, of the Ritz values that stand for themselves; of copies the one with the largest weight."""
+def _without_copies(theta: np.ndarray, weights: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, ascending, of the Ritz values that stand for themselves, and their weights.
+
+    Of copies the one with the largest weight stands for all, with all of their weight (Greenbaum, 1989).
+    """
     width = 100 * eps * np.abs(theta).max()
     clusters = np.split(np.arange(len(theta)), np.flatnonzero(np.diff(theta) > width) + 1)
     best = np.array([c[np.argmax(weights[c])] for c in clusters])
-    heavy = weights[best] > eps**2
-    return best[heavy] if heavy.any() else best
+    total = np.array([weights[c].sum() for c in clusters])
+    heavy = total > eps**2
+    return best[heavy], total[heavy]

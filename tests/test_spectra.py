@@ -26,7 +26,7 @@ def reading(net, base=None, model=None, kind="full", known=None, **kwargs):
 
 
 @pytest.mark.parametrize("base", [lambda p: optim.SGD(p, lr=0.1, momentum=0.9), lambda p: optim.AdamW(p, lr=0.01)])
-def test_cheap_readings_close_in_on_both_largest_eigenvalues_with_four_products_each(base):
+def test_cheap_readings_close_in_on_both_largest_eigenvalues_with_five_products_at_most(base):
     net = Net("layernorm", seed=3)
     optimizer = base(net.params)
     trained(net, optimizer)
@@ -34,13 +34,14 @@ def test_cheap_readings_close_in_on_both_largest_eigenvalues_with_four_products_
     in_h, in_a = (torch.linalg.eigvalsh(m).numpy() for m in (h, root[:, None] * h * root))
     memory = ProbeMemory(torch.Generator().manual_seed(0))
     cold = reading(net, optimizer, kind="cheap", known=memory)
+    reading(net, optimizer, known=memory)  # a full one knows H's own top vector
     for _ in range(20):
         r = reading(net, optimizer, kind="cheap", known=memory)
-        assert r.hvps == 4
+        assert r.hvps in (4, 5)
         assert r.lambda_max <= in_h[-1] * (1 + 1e-12)
         assert np.abs(in_h - r.lambda_max).min() <= r.lambda_max_error * (1 + 1e-9)
         assert np.abs(in_a - r.stability * metric_limit(optimizer)).min() <= r.stability_error * metric_limit(optimizer) + 1e-12
-    assert cold.hvps == 13
+    assert cold.hvps == 7
     assert r.lambda_max == pytest.approx(in_h[-1], rel=1e-3)
     assert r.stability * metric_limit(optimizer) == pytest.approx(in_a[-1], rel=1e-3)
     assert (r.lambda_min, r.epsilon, r.kappa, r.delta, r.trace) == (None,) * 5  # one end only

@@ -18,22 +18,43 @@ class Basis:
         self.like, self.size = like.new_empty(0), 0
         shape = (capacity, like.numel())
         self.rows = torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device)
+        self.as_made = self.rows.dtype == like.dtype and self.rows.device == like.device  # the run's own
         # entries of a unit vector are of size 1 / sqrt(n), which float16 holds with few digits or none
         self.scale = like.numel() ** 0.5 if self.rows.dtype == torch.float16 else 1.0
 
+    def room(self) -> Tensor:
+        """(n,) to make the next row in: that row itself where rows are kept as they are made."""
+        return self.rows[self.size] if self.as_made else self.like.new_empty(self.rows.shape[1])
+
     def append(self, q: Tensor) -> None:
-        self.rows[self.size].copy_(q if self.scale == 1 else q * self.scale)
+        row = self.rows[self.size]
+        if q.data_ptr() != row.data_ptr():
+            row.copy_(q if self.scale == 1 else q * self.scale)
         self.size += 1
 
     def dots(self, w: Tensor) -> Tensor:
         """(size,): each row times w, accumulated wide over the pieces."""
-        return torch.stack([(self._wide(s) @ w[s]).to(accumulator(w)) for s in self._pieces()]).sum(0) / self.scale
+        return self._sum([self._wide(s) @ w[s] for s in self._pieces()])
 
     def remove(self, coefficients: Tensor, w: Tensor) -> None:
         """w -= rows' coefficients, in place."""
         c = (coefficients / self.scale).to(w.dtype)
         for s in self._pieces():
-            w[s] -= c @ self._wide(s)
+            w[s].addmv_(self._wide(s).T, c, alpha=-1)
+
+    def remove_then_dots(self, coefficients: Tensor, w: Tensor) -> Tensor:
+        """`remove`, then `dots` of what is left, while the rows' pieces are still in the cache."""
+        c = (coefficients / self.scale).to(w.dtype)
+        parts = []
+        for s in self._pieces():
+            rows = self._wide(s)
+            parts.append(rows @ w[s].addmv_(rows.T, c, alpha=-1))
+        return self._sum(parts)
+
+    def _sum(self, parts: list[Tensor]) -> Tensor:
+        wide = accumulator(self.like)
+        total = parts[0].to(wide) if len(parts) == 1 else torch.stack(parts).sum(0, dtype=wide)
+        return total if self.scale == 1 else total / self.scale
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """rows' coefficients, (n,), of the first rows."""
@@ -62,9 +83,9 @@ class Basis:
 
     def _pieces(self) -> Iterator[slice]:
         """All rows of a piece are widened together: they must not take more than one vector's piece does."""
-        kept = self.rows.dtype == self.like.dtype and self.rows.device == self.like.device
-        return pieces(self.rows.shape[1], PIECE if kept else max(PIECE // max(self.size, 1), 1))
+        return pieces(self.rows.shape[1], PIECE if self.as_made else max(PIECE // max(self.size, 1), 1))
 
     def _wide(self, s: slice) -> Tensor:
         """Rows in the run's own dtype and device; a view where they already are."""
-        return self.rows[: self.size, s].to(self.like)
+        rows = self.rows[: self.size, s]
+        return rows if self.as_made else rows.to(self.like)

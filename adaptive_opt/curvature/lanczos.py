@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import scipy.linalg
 import torch
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
@@ -14,6 +14,7 @@ from adaptive_opt.curvature.questions import Question, next_look
 from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
 
 Matvec = Callable[[Tensor], Tensor]
+(_stevd,) = get_lapack_funcs(("stevd",), dtype=np.float64)
 
 
 class Vectors(Protocol):
@@ -74,37 +75,40 @@ def lanczos(
     """Run at most `num_steps` products of a symmetric operator from `start` and solve the tridiagonal problem.
 
     `matvec` maps an (n,) tensor to an (n,) tensor on the same device. Alpha and beta stay on the device; the host is
-    synchronised once, at the end. With `until` (see questions.py) it is synchronised every two to four steps too, and the run
-    ends when the question is answered. `dtype` and `device` say how the basis is kept where that is not as `start` is: in
-    half precision, on the host. Raises ValueError on a step count that cannot be used, and FloatingPointError when the start
-    vector or the first product is not finite.
+    synchronised once, at the end. With `until` (see questions.py) the run ends when the question is answered: it is asked
+    after every step on the CPU, where nothing waits, and every two to four steps elsewhere, a synchronisation each. `dtype`
+    and `device` say how the basis is kept where that is not as `start` is: in half precision, on the host. Raises ValueError
+    on a step count that cannot be used, and FloatingPointError when the start vector or the first product is not finite.
     """
     n = start.numel()
     m = min(num_steps, n)
     if m < 1:
         raise ValueError(f"lanczos(num_steps={num_steps}) on an operator of size {n}: at least one step is needed")
-    basis = Basis(m, start, dtype, device)
+    basis = Basis(m + 1, start, dtype, device)  # the last row is room to work in
     steps = torch.zeros(3, m, dtype=accumulator(start), device=start.device)
     alpha, beta, defect = steps
-    q, before = start / norm(start).to(start.dtype), None
-    look = next_look(0) if until is not None else m
+    waits = start.device.type != "cpu"
+    look, before = next_look(0) if until is not None else m, None
+    q = torch.div(start, norm(start).to(start.dtype), out=basis.room())
     for j in range(m):
         basis.append(q)
-        w = matvec(q)
-        alpha[j] = dot(q, w)
-        w = torch.addcmul(w, q, alpha[j].to(w.dtype), value=-1)  # a new tensor: matvec may have returned q itself
+        p = matvec(q)
+        alpha[j] = dot(q, p)
+        # not in place: matvec may have returned q itself
+        w = torch.addcmul(p, q, alpha[j].to(q.dtype), value=-1, out=basis.room())
+        del p
         if before is not None:
             w.addcmul_(before, beta[j - 1].to(w.dtype), value=-1)
         defect[j] = orthogonalise(w, basis)
         beta[j] = norm(w)
         before, q = q, w.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))  # 0 / 0 would make NaN
         if until is not None and j + 1 == look < m:
-            known = steps[:, : j + 1].cpu().double().numpy()
+            known = (steps[:, : j + 1].cpu() if waits else steps[:, : j + 1]).double().numpy()
             so_far = _spectrum(known, basis)
             excess = until(so_far)
             if so_far.exhausted or excess <= 1 or len(so_far.ritz_values) <= j:  # the last: no longer finite
                 break
-            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis)))
+            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis))) if waits else j + 2
     else:
         so_far = _spectrum(steps.cpu().double().numpy(), basis)  # the one synchronisation
     basis.size = len(so_far.ritz_values)  # what follows an exhausted space is noise
@@ -114,8 +118,7 @@ def lanczos(
 def orthogonalise(w: Tensor, basis: Basis) -> Tensor:
     """Take the basis out of w, in place; returns the norm of what a symmetric operator would not have put there."""
     first = basis.dots(w)
-    basis.remove(first, w)
-    basis.remove(basis.dots(w), w)  # twice is enough (Parlett); once loses all orthogonality at n = 270k
+    basis.remove(basis.remove_then_dots(first, w), w)  # twice is enough (Parlett); once loses all orthogonality at n = 270k
     return first.norm()
 
 
@@ -136,7 +139,7 @@ def _spectrum(steps: np.ndarray, basis: Basis) -> Spectrum:
         dim=n,
         products=len(alpha),
         asymmetry=asymmetry,
-        method="half" if not same else "full" if basis.rows.device == basis.like.device else "host",
+        method="full" if basis.as_made else "half" if basis.rows.dtype != basis.like.dtype else "host",
     )
 
 
@@ -154,7 +157,9 @@ def usable(alpha: np.ndarray, beta: np.ndarray, n: int, eps: float) -> tuple[int
 
 def ritz(alpha: np.ndarray, beta: np.ndarray, n: int, eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values (k,), coefficients (k, k) and residual bounds |beta_k s_ki| (k,) of a tridiagonal matrix."""
-    theta, s = scipy.linalg.eigh_tridiagonal(alpha, beta[:-1])
+    theta, s, failed = _stevd(alpha, beta[: max(len(alpha) - 1, 1)])  # as eigh_tridiagonal, without its checks
+    if failed:
+        raise np.linalg.LinAlgError(f"stevd failed on a tridiagonal matrix of size {len(alpha)} ({failed})")
     rounding = 8 * eps * np.abs(theta).max()  # the products themselves are rounded: no bound is better than this
     tail = 0.0 if len(alpha) == n else beta[-1]
     return theta, s, np.abs(tail * s[-1]) + rounding

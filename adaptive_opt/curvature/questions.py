@@ -22,6 +22,10 @@ class Known(Protocol):
     @property
     def residuals(self) -> np.ndarray: ...
     @property
+    def weights(self) -> np.ndarray: ...
+    @property
+    def dim(self) -> int: ...
+    @property
     def epsilon(self) -> float: ...
 
 
@@ -46,19 +50,40 @@ def largest(count: int, tol: float) -> Question:
     return excess
 
 
-def ends(top: float, bottom: float | None = None, floor: float = 0.0) -> Question:
+def ends(top: float, bottom: float | None = None, floor: float = 0.0, failure: float | None = None) -> Question:
     """lambda_max to `top` of itself, lambda_min to `bottom` of itself or `floor` of epsilon, whichever is larger.
 
-    With `top` alone, both ends to `top` of epsilon.
+    With `top` alone, both ends to `top` of epsilon. A residual speaks for the eigenvalue that was found: a bulk at zero has a
+    small one long before the negative eigenvalues come out of it. With `failure` the run goes on until the lowest eigenvalue
+    is not further below either, but with this probability (see `hidden_below`; for random start vectors).
     """
 
     def excess(s: Known) -> float:
         scale = s.epsilon
-        of_bottom = top * scale if bottom is None else max(bottom * abs(s.ritz_values[0]), floor * scale)
-        of_top = top * (scale if bottom is None else abs(s.ritz_values[-1]))
-        return float(max(s.residuals[-1] / max(of_top, _TINY), s.residuals[0] / max(of_bottom, _TINY)))
+        of_bottom = max(top * scale if bottom is None else max(bottom * abs(s.ritz_values[0]), floor * scale), _TINY)
+        of_top = max(top * (scale if bottom is None else abs(s.ritz_values[-1])), _TINY)
+        hidden = 0.0 if failure is None else hidden_below(s, failure)
+        return float(max(s.residuals[-1] / of_top, s.residuals[0] / of_bottom, hidden / of_bottom))
 
     return excess
+
+
+def hidden_below(s: Known, failure: float) -> float:
+    """How far below the lowest Ritz value the lowest eigenvalue can be, but with probability `failure`; random starts only.
+
+    Let u be its unit eigenvector, q the start, d the distance. The lowest Ritz vector is p(A) q for a polynomial that has all
+    other Ritz values theta_i as its roots and is 1 / sqrt(w_0) at theta_0, w_0 the weight. So its residual is at least
+    d |u'q| prod_i (1 + d / (theta_i - theta_0)) / sqrt(w_0), and |u'q| >= 1.25 failure / sqrt(n) but with that probability.
+    """
+    if not len(s.weights):
+        return math.inf  # a restarted basis has no quadrature
+    gaps = np.maximum(s.ritz_values[1:] - s.ritz_values[0], _TINY)
+    goal = float(s.residuals[0] * math.sqrt(s.weights[0] * s.dim) / (1.25 * failure))
+    low, high = 0.0, goal  # the product is 1 at least
+    for _ in range(50):
+        d = (low + high) / 2
+        low, high = (low, d) if math.log(max(d, _TINY)) + np.log1p(d / gaps).sum() > math.log(max(goal, _TINY)) else (d, high)
+    return high
 
 
 def negative_below(tau: float) -> Question:

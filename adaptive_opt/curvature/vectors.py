@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-PIECE = 1 << 20  # entries that are widened at a time, so that a wide sum needs no wide copy of a long vector
+PIECE = 1 << 17  # entries that several passes over a basis take at a time: their rows stay in the cache
+WIDENED = 1 << 15  # entries that are widened at a time; 1 << 20 was 20 times slower (fresh memory at each: docs/evidence.md)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -27,13 +28,15 @@ def accumulator(like: Tensor) -> torch.dtype:
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """x'y, accumulated wide, left on the device."""
-    wide = accumulator(x)
-    return torch.stack([torch.dot(x[s].to(wide), y[s].to(wide)) for s in pieces(x.numel())]).sum()
+    wide, n = accumulator(x), x.numel()
+    if x.dtype == wide or n <= WIDENED:
+        return torch.dot(x.to(wide), y.to(wide))
+    return torch.stack([torch.dot(x[s].to(wide), y[s].to(wide)) for s in pieces(n, WIDENED)]).sum()
 
 
 def norm(x: Tensor) -> Tensor:
     """Euclidean norm, accumulated wide, left on the device."""
-    return dot(x, x).sqrt()
+    return torch.linalg.vector_norm(x, dtype=accumulator(x))
 
 
 def pieces(n: int, size: int = PIECE) -> Iterator[slice]:

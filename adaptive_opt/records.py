@@ -88,7 +88,7 @@ class Reading:
     def from_dict(cls, d: dict[str, Any]) -> Reading:
         """Back from `dataclasses.asdict`, or from its JSON, where a loss that is not a number is null."""
         layers = tuple(LayerReading(**layer) for layer in d["layers"])
-        lists = {k: tuple(d[k]) for k in ("ritz_values", "ritz_weights", "ritz_residuals", "notes")}
+        lists = {k: tuple(d.get(k, ())) for k in ("ritz_values", "ritz_weights", "ritz_residuals", "notes")}
         numbers = {k: math.nan if d[k] is None else d[k] for k in ("loss", "grad_norm")}
         return cls(**{**d, **lists, **numbers, "layers": layers})
 

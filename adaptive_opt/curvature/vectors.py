@@ -29,9 +29,10 @@ def accumulator(like: Tensor) -> torch.dtype:
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """x'y, accumulated wide, left on the device."""
     wide, n = accumulator(x), x.numel()
+    width = WIDENED if x.device.type == "cpu" else 1 << 22  # elsewhere every piece is a launch
     if x.dtype == wide or n <= WIDENED:
         return torch.dot(x.to(wide), y.to(wide))
-    return torch.stack([torch.dot(x[s].to(wide), y[s].to(wide)) for s in pieces(n, WIDENED)]).sum()
+    return torch.stack([torch.dot(x[s].to(wide), y[s].to(wide)) for s in pieces(n, width)]).sum()
 
 
 def norm(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: demo dashboard-demo bench-dashboard bench-probe test test-slow lint clean
+.PHONY: demo dashboard-demo bench-dashboard bench-probe test test-integrations test-slow lint clean
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,10 @@ bench-dashboard: $(SETUP)  ## first paint, update and memory on a run of 100,000
 
 test: $(SETUP)  ## the default suite (under 6 minutes on 2 cores)
 	$(BIN)/python -m pytest
+
+test-integrations: $(SETUP)  ## Hugging Face, Accelerate, Lightning, sinks, PyTorch's contracts over third-party bases: the real libraries
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[integrations]"
+	$(BIN)/python -m pytest tests/integrations
 
 test-slow: $(SETUP)  ## the long checks
 	$(BIN)/python -m pytest -m slow

@@ -25,7 +25,7 @@ class Ambient:
     def now(cls, modules: Iterable[nn.Module], device: torch.device) -> Ambient:
         kind = device.type
         cast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        return cls(rng_state(device), cast, tuple(m.training for m in modules))
+        return cls(rng_state(device), cast, tuple([m.training for m in modules]))
 
     def meet(self, modules: Iterable[nn.Module]) -> None:
         """Generators and modes as they were then."""
@@ -104,6 +104,7 @@ class Capture:
         self.model = original(model)
         self.loss_fn = loss_fn
         self.modules = [*self.model.modules(), *(loss_fn.modules() if loss_fn is not None else ())]
+        self.first = next(self.model.parameters(), None)  # where the model is: asking the model takes longer
         self.calls: list[ModelCall] = []
         self.armed = True  # False only for what a copied model took along
         self.problem: str | None = None  # why the latest loss could not be captured
@@ -149,12 +150,12 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.listening:
             return
-        unused = [call for call in self.calls if not call.weighted]
-        if len(unused) >= KEEP_UNUSED:
-            self.calls.remove(unused[0])
-        inputs = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
-        ambient = Ambient.now(self.modules, device_of(module))
-        self.calls.append(ModelCall(inputs, ambient))
+        if len(self.calls) >= KEEP_UNUSED:
+            unused = [call for call in self.calls if not call.weighted]
+            if len(unused) >= KEEP_UNUSED:
+                self.calls.remove(unused[0])
+        device = self.first.device if self.first is not None else torch.device("cpu")
+        self.calls.append(ModelCall(map_leaves(_ungraphed, (args, kwargs)), Ambient.now(self.modules, device)))
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not (self.listening and self.calls):
@@ -204,19 +205,18 @@ class Capture:
         for call in reversed(self.calls):
             if call.outputs is None:
                 continue
-            outputs = call.outputs
-            missing: list[Tensor] = []
+            outputs, seen = call.outputs, {"slots": 0, "missing": 0}
 
-            def place(t: Tensor, outputs: list[Tensor] = outputs, missing: list[Tensor] = missing) -> Any:
-                slot = find_slot(t, outputs)
-                if slot is not None:
-                    return slot
-                if t.requires_grad and t.grad_fn is not None:
-                    missing.append(t)
-                return t
+            def place(x: Any, outputs: list[Tensor] = outputs, seen: dict[str, int] = seen) -> Any:
+                if not isinstance(x, Tensor):
+                    return x
+                slot = find_slot(x, outputs)
+                seen["slots"] += slot is not None
+                seen["missing"] += slot is None and x.grad_fn is not None
+                return x if slot is None else slot
 
-            placed = map_tensors(place, arguments)
-            if not missing and any(isinstance(leaf, Slot) for leaf in leaves(placed)):
+            placed = map_leaves(place, arguments)
+            if seen["slots"] and not seen["missing"]:
                 return call, placed
         return None
 
@@ -230,7 +230,7 @@ class Capture:
         call.losses.append(record)
 
         def on_backward(grad: Tensor) -> None:
-            grad = grad.detach()
+            grad = grad.detach() if grad.requires_grad else grad
             record.weight = grad if record.weight is None else record.weight + grad
             call.outputs = None  # the graph may go
 
@@ -361,13 +361,17 @@ def device_of(module: nn.Module) -> torch.device:
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     """fn on every leaf of nested tuples, lists and mappings; other objects are leaves."""
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_leaves(fn, x) for x in tree))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_leaves(fn, x) for x in tree)
+        mapped = [map_leaves(fn, x) for x in tree]
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     if isinstance(tree, dict):
         return {k: map_leaves(fn, x) for k, x in tree.items()}
     return fn(tree)
+
+
+def _ungraphed(x: Any) -> Any:
+    """Not the graph that made an input: it would be kept alive until the step."""
+    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ from adaptive_opt.layers import with_drift
 from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.modes.base import overridden
+from adaptive_opt.notice import warn
 from adaptive_opt.objective import Objective, ReplayError
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
@@ -124,7 +124,11 @@ class Controller:
 
     def pass_on(self, count: bool = True) -> StepReport:
         """The step of a wrapper that has nothing to look at or nothing to change: the mode's own."""
-        self.modes[self.mode].step(self.gate.context(self.modes[self.mode]))
+        if self.mode == "base":
+            self.base.step()
+        else:
+            with torch.no_grad():
+                self.modes[self.mode].step(self.gate.context(self.modes[self.mode]))
         self.gate.forget()
         lr = float(self.base.param_groups[0]["lr"])
         report = StepReport(self.steps, None, None, lr, self.lr_scale, self.mode, stepped=True)
@@ -135,7 +139,7 @@ class Controller:
     def passive(self) -> bool:
         """Nothing is measured by itself and nothing is ever done: the wrapper need not even look."""
         baseline = getattr(self.policy, "mode", None) == "base" and not getattr(self.policy, "interventions", True)
-        return self.probe.idle and baseline
+        return baseline and self.probe.idle and self.mode == "base" and self.lr_scale == 1
 
     @property
     def lr_scale(self) -> float:
@@ -232,7 +236,7 @@ class Controller:
         if self.gate.trusted is False:
             return  # said already
         why = self.gate.refuse(error)
-        warnings.warn(f"adaptive_opt measures and treats no longer what needs a replay: {why}", UserWarning, stacklevel=6)
+        warn(f"adaptive_opt measures and treats no longer what needs a replay: {why}")
         events.append(Event(self.steps, "gate", why, "switched off what needs a replay", "done"))
 
     def probe_now(self) -> Reading:
@@ -445,11 +449,7 @@ class Controller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint; tensors are put where the parameters are."""
-        if state["mode"] not in self.modes:
-            raise ValueError(
-                f"load_state_dict: the checkpoint was written in mode {state['mode']!r}, which is not among modes="
-                f"{sorted(self.modes)}; its moments may be in that mode's basis, so give the mode again"
-            )
+        self.check(state)
         state = copied(state, all_params(self.base)[0].device)
         for name in PLAIN_STATE:
             setattr(self, name, state[name])
@@ -463,6 +463,14 @@ class Controller:
         for kind, mine in (("modes", self.modes), ("interventions", self.interventions)):
             for name in mine.keys() & state[kind].keys():
                 mine[name].load_state_dict(state[kind][name])
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError when this checkpoint cannot be taken over; touches nothing."""
+        if state["mode"] not in self.modes:
+            raise ValueError(
+                f"load_state_dict: the checkpoint was written in mode {state['mode']!r}, which is not among modes="
+                f"{sorted(self.modes)}; its moments may be in that mode's basis, so give the mode again"
+            )
 
     def _parts(self) -> dict[str, Any]:
         return {"gate": self.gate, "probe": self.memory, "signals": self.signals, "statistics": self.statistics}

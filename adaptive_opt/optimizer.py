@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from adaptive_opt.capture import Ambient, Capture, device_of, original
 from adaptive_opt.controller import Controller
 from adaptive_opt.interventions import INTERVENTIONS
 from adaptive_opt.modes import MODES, Mode, all_params
+from adaptive_opt.notice import warn
 from adaptive_opt.policy import Policy, RulePolicy
 from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Reading, StepReport
 
 LOG = logging.getLogger("adaptive_opt")
+GLOBAL_STEP_HOOKS: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 Sink = Callable[[StepReport], None]
 
 
@@ -90,35 +92,67 @@ class AdaptiveOptimizer(Optimizer):
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
-    # as torch.optim does: the loop synchronises, forks RNG and calls autograd
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimisation step; torch's meaning of `closure`: it clears gradients, runs backward, returns the loss.
 
         The closure is called once; it is called again only where nothing else shows the loss (no model with loss_fn, no
         objective), without its backward. Returns the closure's loss.
         """
-        ambient = self._ambient() if closure is not None else None
-        loss = None
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or any(GLOBAL_STEP_HOOKS):
+            return self._hooked_step() if closure is None else self._hooked_step(closure=closure)
+        if torch.compiler.is_compiling():
+            return self._uncompiled_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
+    # torch shall not wrap it: that costs 10 microseconds, and the profiler has the base's own step already
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        control, loss, ambient = self.control, None, None
+        idle = control.passive and not self.sinks
         if closure is not None:
+            ambient = None if idle else self._ambient()
             with torch.enable_grad():
                 loss = closure()
-        if all(float(group["lr"]) == 0 for group in self.param_groups):
-            # nothing can change: checkpoint helpers call step() so to create the state
-            self._report = self.control.pass_on(count=False)
-            return loss
-        if self.control.passive and not self.sinks:
-            self._report = self.control.pass_on()
-            return loss
+        # at a rate of 0 nothing can change: checkpoint helpers call step() so to create the state
+        frozen = all(float(group["lr"]) == 0 for group in self.param_groups)
+        if idle or frozen:
+            self._report = control.pass_on(count=not frozen)
+        else:
+            self._looked_at_step(closure, ambient, loss)
+        return loss
+
+    # Not compiled, as torch's own: the loop synchronises, forks RNG and calls autograd.
+    _uncompiled_step = torch._disable_dynamo(_step)  # pyright: ignore[reportPrivateImportUsage]
+
+    @torch.no_grad()
+    def _looked_at_step(self, closure: Callable[[], Any] | None, ambient: Ambient | None, loss: Any) -> None:
         if (why := self.control.gate.without_replay(closure is not None)) is not None:
             self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
-        self._report = self.control.step(closure, ambient, loss)
-        for event in self._report.events:  # never silent: with no sink to say it, on the terminal
+        self._report = report = self.control.step(closure, ambient, loss)
+        for event in report.events:  # never silent: with no sink to say it, on the terminal
             LOG.log(logging.INFO if self.sinks else logging.WARNING, event.sentence())
         for sink in self.sinks:
-            sink(self._report)
-        return loss
+            sink(report)
+
+    def _unhooked_base(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Global step hooks fire for the wrapper's step; for the base's step inside they would fire again."""
+        kept = [dict(hooks) for hooks in GLOBAL_STEP_HOOKS]
+        try:
+            for hooks in GLOBAL_STEP_HOOKS:
+                hooks.clear()
+            return self._uncompiled_step(closure)
+        finally:
+            for hooks, old in zip(GLOBAL_STEP_HOOKS, kept, strict=True):
+                hooks.update(old)
+
+    _hooked_step = Optimizer.profile_hook_step(_unhooked_base)  # torch's own order and meaning of hooks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and forgets the batches that made them."""
@@ -168,14 +202,30 @@ class AdaptiveOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict and a block "adaptive" of plain types and tensors: a run goes on from it bit for bit."""
-        return {**self.base.state_dict(), "adaptive": self.control.state_dict()}
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict: dict[str, Any] = {**self.base.state_dict(), "adaptive": self.control.state_dict()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` gave, or a bare base optimizer's: then the wrapper starts from its own beginning."""
-        plain = {k: v for k, v in state_dict.items() if k != "adaptive"}
-        self.base.load_state_dict(plain)
+        """Load what `state_dict` gave, or a bare base optimizer's: then the wrapper starts from its own beginning.
+
+        Raises ValueError when the groups do not fit, or the block needs a mode that is not here; all stays as it was.
+        """
+        loaded = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, loaded)
+            loaded = loaded if changed is None else dict(changed)
+        adaptive = loaded.pop("adaptive", self._beginning)
+        self.control.check(adaptive)
+        self.base.load_state_dict(loaded)
         self._link(self.base)
-        self.control.load_state_dict(state_dict.get("adaptive", self._beginning))
+        self.control.load_state_dict(adaptive)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Model, hooks, objective, validate and sinks stay behind: `attach`, `control.validate` and `sinks` take them again."""
@@ -222,7 +272,7 @@ class AdaptiveOptimizer(Optimizer):
         """A warning, once."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warn(message)
 
 
 def _check(
@@ -247,6 +297,11 @@ def _check(
         raise ValueError("AdaptiveOptimizer(base=LBFGS(...)): it calls its closure many times a step and has no step to switch")
     if not any(group["params"] for group in base.param_groups):
         raise ValueError("AdaptiveOptimizer(base): the base optimizer has no parameters")
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(
+            f"AdaptiveOptimizer(base={type(base).__name__}(..., differentiable=True)): its step is part of a graph, "
+            "which a wrapper that steps without one would cut; use the base alone"
+        )
     if not hasattr(policy, "decide"):
         raise TypeError(
             f"AdaptiveOptimizer(policy={policy!r}): an object with decide(diagnosis, history), for example RulePolicy()"

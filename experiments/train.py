@@ -53,6 +53,11 @@ def run(cfg: DictConfig, run_dir: Path) -> Outcome:
     for sink in sinks:
         if hasattr(sink, "close"):
             sink.close()
+    if cfg.telemetry.page:
+        from adaptive_opt.dashboard.export import export
+        from adaptive_opt.dashboard.run import Run
+
+        export(Run(run_dir / "steps.jsonl").finish(), run_dir.name, run_dir / "run.html")
     numbers = {
         **outcome.metrics,
         "final_loss": outcome.losses[-1],
@@ -72,7 +77,12 @@ def _sinks(cfg: DictConfig, run_dir: Path) -> list[Any]:
     if cfg.telemetry.console:
         sinks.append(ConsoleSink(write=tqdm.write))
     if cfg.telemetry.tensorboard:
-        sinks.append(TensorBoardSink(run_dir))
+        pictures = None
+        if cfg.telemetry.pictures:
+            from adaptive_opt.dashboard.pictures import Pictures
+
+            pictures = Pictures(cfg.telemetry.pictures)
+        sinks.append(TensorBoardSink(run_dir, pictures))
     return sinks
 
 

@@ -2,9 +2,12 @@
 
 import base64
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
+
+import pytest
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = "no chromium and chromedriver on the PATH (Debian: apt install chromium chromium-driver)"
@@ -46,6 +49,12 @@ const width = document.documentElement.clientWidth;
 const wide = boxes.filter((x) => x.l < -1 || x.r > width + 1).map((x) => "sticks out: " + x.text);
 return [boxes.length, found.concat(wide, cut)];
 """
+
+
+def needed():
+    """Skip a test where there is no browser; fail it where there has to be one, as in CI."""
+    if CHROMIUM is None or DRIVER is None:
+        (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(MISSING)
 
 
 class Browser:

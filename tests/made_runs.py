@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from adaptive_opt import AdaptiveOptimizer, LanczosProbe
-from adaptive_opt.records import Condition, Decision, Diagnosis, Event, Finding, StepReport
+from adaptive_opt.records import Condition, Decision, Diagnosis, Event, Finding, LayerReading, Reading, StepReport
 from adaptive_opt.telemetry import JsonlSink, to_json
 from experiments.loop import train
 from experiments.tasks.digits import Digits
@@ -44,6 +44,16 @@ def unstable(step, reading, evidence="the step is 73.7 times its stability limit
     found = Diagnosis(step, (Finding(Condition.UNSTABLE, 73.7, 2.0, evidence),))
     event = Event(step, "damp", evidence, "holding the learning rate at 0.00535 of the user's", "pending")
     return plain(step, diagnosis=found, events=(event,), lr_scale=0.00535, reading=reading)
+
+
+MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+def hostile(step=0):
+    """A report that holds markup wherever it may hold text."""
+    layer = LayerReading(MARKUP, 1.0, 0.1, 0.9, 0.1, None, kind=MARKUP)
+    reading = Reading(step=step, loss=1.0, grad_norm=1.0, layers=(layer,), notes=(f"lipschitz: {MARKUP}",))
+    return plain(step, mode=MARKUP, reading=reading, events=(Event(step, "damp", MARKUP, MARKUP, MARKUP, MARKUP),))
 
 
 def append(folder, *reports):

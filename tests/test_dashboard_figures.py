@@ -6,7 +6,7 @@ from dataclasses import replace
 from html import unescape
 
 import pytest
-from made_runs import append, healthy_run, plain, saddle_run
+from made_runs import MARKUP, append, healthy_run, hostile, plain, saddle_run
 
 from adaptive_opt.dashboard import content, export, figures
 from adaptive_opt.dashboard.figures.layers import worries, worst
@@ -20,7 +20,6 @@ from adaptive_opt.records import Event, LayerReading, Reading, StepReport
 from adaptive_opt.telemetry import read_reports
 
 EVERY = (*PANELS, *BELOW)
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +144,9 @@ def test_runs_are_laid_over_each_other_by_colour_and_dash(saddle, healthy):
 # ---- text is text --------------------------------------------------------------------------------------------------------
 
 
-def hostile(step=0):
-    layer = LayerReading(HOSTILE, 1.0, 0.1, 0.9, 0.1, None, kind=HOSTILE)
-    reading = Reading(step=step, loss=1.0, grad_norm=1.0, layers=(layer,), notes=(f"lipschitz: {HOSTILE}",))
-    return plain(step, mode=HOSTILE, reading=reading, events=(Event(step, "damp", HOSTILE, HOSTILE, HOSTILE, HOSTILE),))
-
-
 def test_an_export_holds_hostile_names_and_logs_as_text_only(tmp_path):
     append(tmp_path, hostile())
-    page = export.document(Run(tmp_path / "steps.jsonl").finish(), HOSTILE)
+    page = export.document(Run(tmp_path / "steps.jsonl").finish(), MARKUP)
     own = page[page.rindex("<body>") :]
     assert own.count("<script>") == 2  # the figures and the keys
     assert "<img" not in own

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from made_runs import append, healthy_run, plain, saddle_run, unstable
@@ -66,6 +67,17 @@ def test_what_was_taken_back_is_not_recommended_again():
     reading = healthy_reading()
     now = status([plain(4, events=(back,)), plain(9, diagnosis=found, reading=reading)])
     assert "escape was tried at step 3 and taken back" in now.headline
+
+
+def test_a_treatment_that_is_in_force_is_neither_recommended_nor_said_to_have_been_taken_back():
+    seen = "kappa_effective is 52.5, median of the last three"
+    found = Diagnosis(950, (Finding(Condition.ILL_CONDITIONED, 52.5, 50.0, seen),))
+    back, kept = Event(100, "kfac", seen, "switched", "reverted"), Event(800, "kfac", seen, "switched", "kept")
+    run = [plain(100, events=(back,)), plain(850, events=(kept,), mode="kfac")]
+    run.append(plain(950, diagnosis=found, reading=healthy_reading(), mode="kfac"))
+    assert [a.step for a in status(run).alerts] == [800]
+    assert "was tried at step 100" in status([run[0], replace(run[2], mode="base")]).headline
+    assert "recommended: precondition" in status([*run[:2], replace(run[2], mode="base")]).headline
 
 
 def healthy_reading():

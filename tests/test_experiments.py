@@ -34,6 +34,11 @@ def test_every_configuration_file_trains_two_steps(choice, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 2
 
 
+def test_a_run_can_be_left_as_one_page(tmp_path):
+    run(composed("task=digits", "steps=2", "telemetry.page=true"), tmp_path)
+    assert "2 lines" in (tmp_path / "run.html").read_text()
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_file_opens_with_its_command(path):
     assert f"# python experiments/train.py experiment={path.stem}" in path.read_text().splitlines()[:2]

@@ -36,6 +36,6 @@ def entries(reports: Iterable[StepReport]) -> list[Entry]:
     return sorted(told.values(), key=lambda e: e.event.step)
 
 
-def latest(entries: Sequence[Entry], names: Sequence[str], since: int = 0) -> Entry | None:
-    """The last entry of one of these treatments at or after a step."""
-    return next((e for e in reversed(entries) if e.event.name in names and e.event.step >= since), None)
+def latest(entries: Sequence[Entry], names: Sequence[str]) -> Entry | None:
+    """The last entry of one of these treatments."""
+    return next((e for e in reversed(entries) if e.event.name in names), None)

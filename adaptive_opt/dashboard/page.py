@@ -107,11 +107,13 @@ def layout(follower: Follower, first: str | None) -> Any:
                     html.Section(
                         [
                             html.H2("Compared", id="title-compare"),
-                            dcc.Graph(id="graph-compare", config=GRAPH, className="graph"),
+                            html.Div(className="legend", id="legend-compare"),
+                            _graph("compare", figures.compare({})),
                         ],
                         id="panel-compare",
                         className="panel compare",
                         hidden=True,
+                        **{"aria-labelledby": "title-compare"},  # type: ignore[arg-type]
                     ),
                     html.Div(
                         [*filled[len(PANELS) :], content.logbook(content.log(view.reports))],
@@ -133,9 +135,14 @@ def _chooser(name: str, label: str, dropdown: Any) -> Any:
 
 def _filled(panel: Panel, number: int, reports: Sequence[StepReport]) -> Any:
     figure = panel.draw(reports)
-    graph = dcc.Graph(id=f"graph-{panel.key}", figure=content.bare(figure), config=GRAPH, className="graph")
     chips, legend = content.chips(panel.chips(reports)), content.legend(figure)
-    return content.section(panel, number, graph, chips, legend, panel.note(reports))
+    return content.section(panel, number, _graph(panel.key, figure), chips, legend, panel.note(reports))
+
+
+def _graph(key: str, figure: Any) -> Any:
+    """Of a fixed height: a figure that takes its height from a panel that takes its height from the figure may have none."""
+    height = {"height": f"{figure.layout.height}px"}
+    return dcc.Graph(id=f"graph-{key}", figure=content.bare(figure), config=GRAPH, className="graph", style=height)
 
 
 def _options(follower: Follower) -> list[dict[str, str]]:
@@ -201,6 +208,7 @@ def _callbacks(app: Dash, follower: Follower) -> None:
 
     @app.callback(
         Output("graph-compare", "figure"),
+        Output("legend-compare", "children"),
         Output("panel-compare", "hidden"),
         Input("tick", "n_intervals"),
         Input("run", "value"),
@@ -211,13 +219,13 @@ def _callbacks(app: Dash, follower: Follower) -> None:
         """The chosen runs over each other; hidden while none is chosen."""
         names = [n for n in dict.fromkeys([name, *(others or [])]) if n in follower.names()][:COMPARED]
         if not others or not names:
-            return no_update, True
+            return no_update, no_update, True
         runs = {n: follower.get(n) for n in names}
         mark = "/".join(f"{n}:{run.version}" for n, run in runs.items())
         if drawn and drawn["layout"].get("meta") == mark:
             raise PreventUpdate
         fig = figures.compare({follower.runs.label(n): run.reports for n, run in runs.items()})
-        return fig.update_layout(meta=mark), False
+        return content.bare(fig).update_layout(meta=mark), content.legend(fig), False
 
     @app.callback(
         Output("tick", "disabled"),

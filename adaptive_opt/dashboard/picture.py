@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ FLAGS = (
     "--disable-sync", "--disable-quic", "--disable-extensions", "--hide-scrollbars", "--allow-file-access-from-files",
     "--virtual-time-budget=10000",
 )  # fmt: skip
-ALONE = """<!DOCTYPE html><meta charset="utf-8"><style>body{{margin:0;background:#fff}}</style><script>{plotly}</script>
-<div id="figure"></div><script>Plotly.newPlot("figure", {figure})</script>"""
+COLUMNS, TITLE = 3, 30  # figures beside each other; pixels of the name above each
+ALONE = """<!DOCTYPE html><meta charset="utf-8"><style>
+body {{ margin: 0; background: #fff; display: grid; grid-template-columns: repeat({columns}, {width}px); }}
+h2 {{ font: 600 14px/{title}px system-ui, sans-serif; margin: 0 0 0 12px; height: {title}px; color: #1c2229; }}
+</style><script>{plotly}</script>{places}<script>{calls}</script>"""
 
 
 class NoBrowser(Exception):
@@ -48,14 +54,34 @@ def page_picture(document: str, path: str | Path, width: int = 1280, dark: bool 
 
 def figure_picture(figure: Any, path: str | Path, width: int = 640) -> None:
     """Draw one figure. Raises as `page_picture` does."""
+    _draw([("", figure)], Path(path), 1, width)
+
+
+def figures_picture(figures: Mapping[str, Any], path: str | Path, width: int = 1280) -> None:
+    """Draw several figures, each below its name, three beside each other. Raises as `page_picture` does."""
+    _draw(list(figures.items()), Path(path), COLUMNS, width // COLUMNS)
+
+
+def _draw(named: list[tuple[str, Any]], path: Path, columns: int, width: int) -> None:
     from plotly.offline import get_plotlyjs
 
     from adaptive_opt.dashboard.export import figure_json
 
+    title = TITLE if any(name for name, _ in named) else 0
+    heights = [int(figure.layout.height or 400) for _, figure in named]
+    places, calls = [], []
+    for i, (name, figure) in enumerate(named):
+        head = f"<h2>{escape(name)}</h2>" if title else ""
+        places.append(f'<div>{head}<div id="f{i}" style="width:{width}px;height:{heights[i]}px"></div></div>')
+        calls.append(f'Plotly.newPlot("f{i}", {figure_json(figure)});')
+    height = sum(max(heights[i : i + columns]) + title for i in range(0, len(named), columns))
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "figure.html"
-        file.write_text(ALONE.format(plotly=get_plotlyjs(), figure=figure_json(figure)), encoding="utf-8")
-        _shoot(file, folder, Path(path), width, int(figure.layout.height or 400), dark=False)
+        file = Path(folder) / "figures.html"
+        page = ALONE.format(
+            title=TITLE, columns=columns, width=width, plotly=get_plotlyjs(), places="".join(places), calls="".join(calls)
+        )
+        file.write_text(page, encoding="utf-8")
+        _shoot(file, folder, path, columns * width, height, dark=False)
 
 
 def _shoot(file: Path, folder: str, path: Path, width: int, height: int, dark: bool) -> None:
@@ -67,8 +93,6 @@ def _shoot(file: Path, folder: str, path: Path, width: int, height: int, dark: b
 
 
 def _run(what: list[str], file: Path, folder: str, dark: bool) -> str:
-    import os
-
     root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # Chromium refuses a sandbox to root
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
     command = [browser(), *FLAGS, *root, *theme, f"--user-data-dir={folder}/profile", *what, file.as_uri()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptive_opt.dashboard.log import Entry, entries
+from adaptive_opt.dashboard.log import Entry, entries, latest
 from adaptive_opt.dashboard.words import number
 from adaptive_opt.records import Condition, Finding, Reading, StepReport
 
@@ -94,8 +94,10 @@ def _findings(reports: Sequence[StepReport], log: Sequence[Entry]) -> list[Alert
             continue  # the entry tells it
         if condition is Condition.UNSTABLE and shown.lr_scale < 1:
             continue  # of the user's step: the one that is taken is held below the limit
-        tried = next((e for e in reversed(log) if e.event.name in kind.treatments and e.event.outcome == "reverted"), None)
-        if tried is not None:
+        if reports[-1].mode in kind.treatments:
+            continue  # what treats it is in force
+        tried = latest(log, kind.treatments)
+        if tried is not None and tried.event.outcome == "reverted":
             action = (
                 f"{tried.event.name} was tried at step {tried.event.step:,} and taken back; it waits before it is tried again"
             )

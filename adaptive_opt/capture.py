@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adaptive_opt.parallel import active_ddp, team_of
 
 KEEP_STEPS = 3  # steps (and clearings of the gradients) for which a forward pass waits for its backward
 KEEP_UNUSED = 8  # forward passes without a backward (validation, GAN) that are remembered before the oldest goes
@@ -108,8 +111,10 @@ class Capture:
         self.calls: list[ModelCall] = []
         self.armed = True  # False only for what a copied model took along
         self.problem: str | None = None  # why the latest loss could not be captured
+        self.team, self.ddp = team_of(model), model if isinstance(model, DistributedDataParallel) else None
+        inside = model if self.ddp is None else self.ddp.module  # what it is given there is on the right device
         self.handles = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            inside.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model),
         ]
         if loss_fn is not None:
@@ -150,12 +155,19 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.listening:
             return
+        self._meet_team()
         if len(self.calls) >= KEEP_UNUSED:
             unused = [call for call in self.calls if not call.weighted]
             if len(unused) >= KEEP_UNUSED:
                 self.calls.remove(unused[0])
         device = self.first.device if self.first is not None else torch.device("cpu")
         self.calls.append(ModelCall(map_leaves(_ungraphed, (args, kwargs)), Ambient.now(self.modules, device)))
+
+    def _meet_team(self) -> None:
+        """Frameworks wrap the model after the optimizer was made: inside of the wrapper's forward pass it can be seen."""
+        ddp = active_ddp()
+        if ddp is not None and ddp is not self.ddp and any(m is self.model for m in ddp.modules()):
+            self.ddp, self.team = ddp, team_of(ddp)
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not (self.listening and self.calls):
@@ -338,6 +350,10 @@ def find_slot(t: Tensor, outputs: list[Tensor]) -> Slot | None:
             rows = t.shape[0] // out.shape[0] if plain and out.shape[0] and t.shape[0] % out.shape[0] == 0 else None
             return Slot(index, view, rows)
         made_by = t.grad_fn if t.shape == out.shape and out.grad_fn is not None else None
+        if made_by is not None and made_by.name() == "_DDPSinkBackward":  # DDP passes a model's outputs through it
+            before = made_by.next_functions[t.output_nr][0]
+            if before is out.grad_fn:
+                return Slot(index, None, None)
         if made_by is not None and made_by.name() == "ToCopyBackward0" and made_by.next_functions[0][0] is out.grad_fn:
             return Slot(index, None, None, t.dtype)
     return None
@@ -350,8 +366,9 @@ def own_loss(output: Any) -> Tensor | None:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """The module behind torch.compile: a compiled graph has no second derivative."""
-    return getattr(module, "_orig_mod", module)
+    """The module behind torch.compile and DistributedDataParallel: no graph without a second derivative, no reducer."""
+    inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", module)
+    return module if inner is module else original(inner)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -25,6 +25,7 @@ from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.modes.base import overridden
 from adaptive_opt.notice import warn
 from adaptive_opt.objective import Objective, ReplayError
+from adaptive_opt.parallel import ALONE, ProcessLost, Team
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
 from adaptive_opt.records import Decision, Event, History, LayerReading, Reading, StepReport, Trend
@@ -55,6 +56,7 @@ class Controller:
     ):
         self.base, self.probe, self.policy, self.validate = base, probe, policy, validate
         self.modes, self.interventions = dict(modes), dict(interventions)
+        self.all_validate = True  # every process that trains with this one has a `validate` too
         self.gate = Gate(base)
         fitting = (name for name, mode in self.modes.items() if mode.refuses(base) is None)
         self.available = frozenset({*fitting, *self.interventions})
@@ -119,7 +121,8 @@ class Controller:
         )
         self.steps += 1
         self.gate.forget()
-        self.probe.keep_time(self.steps, self.memory, all_params(self.base)[0].device)
+        if self.probe.keep_time(self.steps, self.memory, all_params(self.base)[0].device) and not ctx.short:
+            self.memory.price = self.team.first(self.memory.price)  # each process measured its own time
         return report
 
     def pass_on(self, count: bool = True) -> StepReport:
@@ -140,6 +143,11 @@ class Controller:
         """Nothing is measured by itself and nothing is ever done: the wrapper need not even look."""
         baseline = getattr(self.policy, "mode", None) == "base" and not getattr(self.policy, "interventions", True)
         return baseline and self.probe.idle and self.mode == "base" and self.lr_scale == 1
+
+    @property
+    def team(self) -> Team:
+        """The processes that decide together; who never decides anything need not ask the others."""
+        return ALONE if self.passive else self.gate.team
 
     @property
     def lr_scale(self) -> float:
@@ -178,6 +186,11 @@ class Controller:
         grads = [p.grad for p in all_params(self.base) if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
         value = loss if loss is not None else self.gate.loss()
+        if isinstance(value, Tensor):
+            value, size = torch.stack([value.detach().reshape(-1)[0].float().to(norm.device), norm.float()]).tolist()
+        else:
+            value, size = None if value is None else float(value), float(norm)
+        value, size = self._agree(ctx, value, size)
         unseen = value is None and self.gate.given is not None and self.gate.trusted
         due = self.steps < SAMPLE_EVERY or self.steps % SAMPLE_EVERY == 0
         if unseen and due and ctx.objective is not None:
@@ -187,18 +200,37 @@ class Controller:
             except Exception as error:
                 ctx.failure = error
                 self._failed(ctx, events)
-        if isinstance(value, Tensor):
-            value, size = torch.stack([value.detach().reshape(-1)[0].float().to(norm.device), norm.float()]).tolist()
-        else:
-            value, size = None if value is None else float(value), float(norm)
         return self.signals.judge(self.steps, value, size)
+
+    def _agree(self, ctx: StepContext, loss: float | None, grad_norm: float) -> tuple[float | None, float]:
+        """What the processes of a team know of this step, as one: the mean loss, and what all can do. One collective."""
+        team = self.team
+        if team.size == 1:
+            return loss, grad_norm
+        able, judge = ctx.objective is not None, self.validate is not None
+        costs = self._costs(ctx.objective) if ctx.objective is not None else (0.0, 0.0)
+        here, able, judge, seen, *sums = team.sums([1.0, able, judge, loss is not None, loss or 0.0, grad_norm, *costs])
+        self.all_validate = judge == team.size
+        ctx.short = here < team.size
+        ctx.costs = (sums[2] / here, sums[3] / here)
+        if able < here or ctx.short:
+            ctx.objective = None
+        return sums[0] / seen if seen else None, sums[1] / here
+
+    def shadow(self) -> None:
+        """The part of a step in which a process that has no batch left must join in, so that the others need not wait."""
+        if self.team.size > 1:
+            self.team.sums([0.0] * 8)
+
+    def _costs(self, objective: Objective) -> tuple[float, float]:
+        layers = self.gate.model is not None and self.first_layers != ()  # () after a reading that found none
+        return self.probe.costs(objective, self.memory, layers)
 
     def _measure(self, ctx: StepContext, trend: Trend, events: list[Event]) -> Reading | None:
         """A reading, if the schedule wants one and the replay can be trusted."""
         if ctx.objective is None:
             return None
-        layers = self.gate.model is not None and self.first_layers != ()  # () after a reading that found none
-        cheap, full = self.probe.costs(ctx.objective, self.memory, layers)
+        cheap, full = ctx.costs or self._costs(ctx.objective)
         kind = self.probe.due(trend, self.memory, cheap, full, watchful=self.lr_scale < 1, alarm=self.alarm)
         self.alarm = False
         stale = kind == "full" or self.gate.trusted is None or self.steps - self.last_trust >= TRUST_READING
@@ -233,20 +265,25 @@ class Controller:
             return False
 
     def _distrust(self, error: Exception, events: list[Event]) -> None:
+        if isinstance(error, ProcessLost):
+            raise error
         if self.gate.trusted is False:
             return  # said already
         why = self.gate.refuse(error)
-        warn(f"adaptive_opt measures and treats no longer what needs a replay: {why}")
+        if self.team.rank == 0:
+            warn(f"adaptive_opt measures and treats no longer what needs a replay: {why}")
         events.append(Event(self.steps, "gate", why, "switched off what needs a replay", "done"))
 
     def probe_now(self) -> Reading:
         """A full reading of the whole present batch, off schedule and off the budget.
 
-        Raises ReplayError when there is nothing to replay, or when the replay does not reproduce the gradient.
+        Raises ReplayError when there is nothing to replay, or when the replay does not reproduce the gradient. Of several
+        processes each must call it.
         """
         ctx = self.gate.context(self.modes[self.mode])
-        if ctx.objective is None:
-            raise ReplayError(f"probe_now(): {self.gate.why_not()}")
+        if not self.gate.team.all(ctx.objective is not None) or ctx.objective is None:
+            why = self.gate.why_not() if ctx.objective is None else "another process cannot evaluate its batch again"
+            raise ReplayError(f"probe_now(): {why}")
         self.gate.passes(ctx)
         self.reading = self._read(ctx.objective, ctx.mode, "full", whole=True)
         return self.reading
@@ -288,7 +325,7 @@ class Controller:
             kappas=tuple(self.kappas),
             available=self.available,
             can_replay=self.gate.trusted is True,
-            can_validate=self.validate is not None,
+            can_validate=self.validate is not None and self.all_validate,
         )
 
     def _say_untreated(self, trend: Trend, decision: Decision, events: list[Event]) -> None:
@@ -377,7 +414,7 @@ class Controller:
     def _verdict(self, ctx: StepContext, trend: Trend, events: list[Event]) -> bool:
         """Judge what is on trial when its time has come. True: parameters were taken back, this batch's gradients are void."""
         trial = self.trial
-        if trial is None or self.steps < trial.until:
+        if trial is None or self.steps < trial.until or ctx.short:
             return False
         self.trial = None
         try:
@@ -427,7 +464,10 @@ class Controller:
         self.not_before[name] = self.steps + COOL_DOWN * 2 ** min(self.failures[name] - 1, 10)
 
     def _validation(self) -> float | None:
-        return None if self.validate is None else float(self.validate())
+        if self.validate is None or not self.all_validate:
+            return None
+        validate = self.validate
+        return self.team.mean(self.team.together(lambda: float(validate())))
 
     # ---- checkpoint: plain types and tensors only -----------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from adaptive_opt.capture import Ambient, Capture, device_of
 from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, Source, agreement
+from adaptive_opt.parallel import ALONE, Team
 
 STATE = ("trusted", "distrust", "scaled_loss", "clip_norm")
 COSINE, COSINE_LOW = (
@@ -33,6 +34,11 @@ class Gate:
         self.distrust = ""  # why
         self.scaled_loss = 0.0  # a gradient scaler's factor on the sum of the captured weights; 0: there is none
         self.clip_norm: float | None = None  # the norm that the user's clipping let through; None: nothing was clipped
+
+    @property
+    def team(self) -> Team:
+        """The processes that train this model together."""
+        return ALONE if self.capture is None else self.capture.team
 
     # ---- the batch ------------------------------------------------------------------------------------------------
 
@@ -57,17 +63,18 @@ class Gate:
     def _objective(self, closure: Callable[[], Any] | None, ambient: Ambient | None, params: list[Tensor]) -> Objective | None:
         calls = self.capture.step_calls() if self.capture is not None else []
         modules = self.capture.modules if self.capture is not None else []
+        ddp = self.capture.ddp if self.capture is not None else None
         source: Source
         if self.given is not None:
             seen = self.capture.calls[0].ambient if self.capture is not None and self.capture.calls else None
-            source = GivenLoss(self.given, modules, seen)
+            source = GivenLoss(self.given, modules, seen, ddp)
         elif self.capture is not None and calls and not any(c.refusal for c in calls):
             source = CapturedBatch(self.capture, [c for c in calls if c.weighted])
         elif closure is not None:
-            source = Closure(closure, modules, ambient)
+            source = Closure(closure, modules, ambient, ddp)
         else:
             return None
-        objective = Objective(source, params, all_params(self.base))
+        objective = Objective(source, params, all_params(self.base), self.team)
         objective.clip_norm = self.clip_norm
         objective.loss_scale = self._loss_scale()
         return objective
@@ -92,7 +99,7 @@ class Gate:
                 f"the replayed gradient does not reproduce the one that backward left (cosine {cosine:.4f}): "
                 f"{objective.source.cause}"
             )
-        captured = self._captured_scale()
+        captured = self.team.mean(self._captured_scale())
         if not self.scaled_loss and captured >= 2 and ratio >= 8:
             # A gradient scaler multiplied the loss and has divided the gradients already? It does so by powers of two.
             if _power_of_two(ratio):  # also where the loss is a sum, or weighted by sample

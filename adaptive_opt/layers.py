@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_opt.curvature import Point, layer_spectrum
+from adaptive_opt.parallel import ALONE, Team
 from adaptive_opt.records import LayerReading
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Bilinear)
@@ -48,6 +49,7 @@ def measure_layers(
     num_steps: int = 4,
     kinds: Sequence[str] = ("weight",),
     names: Sequence[str] = (),
+    team: Team = ALONE,
 ) -> tuple[tuple[LayerReading, ...], tuple[str, ...]]:
     """Singular values and gradient gain of the model's layers, at their first call in `evaluate()`; and what was skipped.
 
@@ -55,23 +57,26 @@ def measure_layers(
     "rnn". `names` adds modules by their name in `model.named_modules()`; one of no known kind is measured from the first
     floating tensor among its arguments to the first of its output, and its kind is "module". The cost is one gradient, and
     `num_steps` products with each layer's Jacobian and its transpose, which compute nothing outside of the layer. What cannot
-    be measured is named with the reason in the second value. Raises ValueError on a kind or name that there is not.
+    be measured is named with the reason in the second value. Of a `team` the samples are those of all processes. Raises
+    ValueError on a kind or name that there is not.
     """
     visits = _chosen(model, kinds, names)
     if not visits:
         return (), ()
     with twice_differentiable(model):
-        loss = _watch(model, evaluate, visits)
+        loss = team.together(lambda: _watch(model, evaluate, visits))
+    if not team.same([(v.name, v.input is None, v.output is None, v.problem) for v in visits.values()]):
+        return (), ("another process called other layers",)
     met = [v for v in visits.values() if v.input is not None and v.output is not None]
     ends = [p.edge for v in met for p in (v.input, v.output) if p is not None]
     grads = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True) if ends else ()
-    gains = {v.name: _gain(*grads[2 * i : 2 * i + 2]) for i, v in enumerate(met)}
+    gains = _gains([v.name for v in met], grads, team)
     readings, skipped = [], []
     for visit in visits.values():
         if visit.input is None and not visit.problem and visit.name not in names:
             continue  # the replay did not call it, and nobody asked for it
         try:
-            readings.append(_measure(visit, generator, num_steps, gains.get(visit.name)))
+            readings.append(_measure(visit, generator, num_steps, gains.get(visit.name), team))
         except (RuntimeError, FloatingPointError) as error:  # no second derivative, or a signal that is not finite
             skipped.append(f"{visit.name} not measured ({str(error).partition(chr(10))[0]})")
     return tuple(readings), tuple(skipped)
@@ -211,10 +216,10 @@ def _input(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str
     return first if isinstance(first, Tensor) and first.is_floating_point() else None
 
 
-def _measure(visit: _Visit, generator: torch.Generator, num_steps: int, gain: float | None) -> LayerReading:
+def _measure(visit: _Visit, generator: torch.Generator, num_steps: int, gain: float | None, team: Team) -> LayerReading:
     if visit.input is None or visit.output is None:
         raise RuntimeError(visit.problem or "the replay did not call it")
-    s = layer_spectrum(visit.output, visit.input, generator, num_steps)
+    s = layer_spectrum(visit.output, visit.input, generator, num_steps, team)
     return LayerReading(
         visit.name,
         s.sigma_max,
@@ -228,8 +233,12 @@ def _measure(visit: _Visit, generator: torch.Generator, num_steps: int, gain: fl
     )
 
 
-def _gain(at_input: Tensor | None, at_output: Tensor | None) -> float | None:
-    if at_input is None or at_output is None:
-        return None
-    down, up = float(at_input.norm()), float(at_output.norm())
-    return down / up if 0 < up < math.inf else None
+def _gains(names: Sequence[str], grads: Sequence[Tensor | None], team: Team) -> dict[str, float | None]:
+    """|gradient at the input| / |gradient at the output| of each layer, over all processes' samples."""
+    found: dict[str, float | None] = {}
+    sizes = [math.nan if g is None else float(g.norm()) for g in grads]
+    if team.size > 1:
+        sizes = [math.sqrt(s) for s in team.sums([size * size for size in sizes])]
+    for name, down, up in zip(names, sizes[::2], sizes[1::2], strict=True):
+        found[name] = down / up if 0 < up < math.inf and not math.isnan(down) else None
+    return found

@@ -14,6 +14,7 @@ from torch.autograd.graph import Node
 
 from adaptive_opt.curvature import Point, layer_spectrum
 from adaptive_opt.layers import caught, swapped, tensors, twice_differentiable
+from adaptive_opt.parallel import ALONE, Team
 
 PRIME = 2**127 - 1  # paths are counted modulo this: their number doubles with every residual block
 Place = tuple[Node, int]  # the place of a tensor in the graph: the node that made it, and which of its outputs it is
@@ -35,7 +36,7 @@ class Lipschitz:
 
 
 def measure_lipschitz(
-    model: nn.Module, evaluate: Callable[[], Tensor], generator: torch.Generator, num_steps: int = 8
+    model: nn.Module, evaluate: Callable[[], Tensor], generator: torch.Generator, num_steps: int = 8, team: Team = ALONE
 ) -> Lipschitz:
     """The model's local Lipschitz number at its first call in `evaluate()`, and the chain rule's bound on it.
 
@@ -44,15 +45,17 @@ def measure_lipschitz(
     through which every path from the input to the output runs. A residual block is one segment, a plain chain has one for each
     layer. Each error says that a singular value is near, so the bound is one as far as the runs have found the largest: more
     steps make it safer. The cost is one forward pass and twice `num_steps` products with J and J', each about a gradient, of
-    the whole and of each segment alone. Raises RuntimeError where J cannot be measured, FloatingPointError where it is not
-    finite.
+    the whole and of each segment alone. The batch is the whole `team`'s. Raises RuntimeError where J cannot be measured,
+    FloatingPointError where it is not finite.
     """
     with twice_differentiable(model):
-        trace = _follow(model, evaluate)
-    if trace.input is None or trace.output is None:
+        trace = team.together(lambda: _follow(model, evaluate))
+    if not team.all(trace.input is not None and trace.output is not None) or trace.input is None or trace.output is None:
         raise RuntimeError("measure_lipschitz: the model has no floating input, or no output that hangs on it by a graph")
-    whole = layer_spectrum(trace.output, trace.input, generator, num_steps)
     separators = _separators(trace, trace.input, trace.output)
+    if not team.same(len(separators)):
+        raise RuntimeError("measure_lipschitz: the model's graph is another one on another process")
+    whole = layer_spectrum(trace.output, trace.input, generator, num_steps, team)
     notes = [f"from the output of {trace.embedding} on: the input is integers"] if trace.embedding else []
     if not separators:
         notes.append("no tensor between input and output carries everything: the bound is local + error")
@@ -61,7 +64,7 @@ def measure_lipschitz(
     bound: float | None = 1.0
     try:
         for before, after in pairwise(chain):
-            s = layer_spectrum(after, before, generator, num_steps)
+            s = layer_spectrum(after, before, generator, num_steps, team)
             bound *= s.sigma_max + s.sigma_max_error
         bound = max(bound, whole.sigma_max)  # where the segments' runs were too short
     except (RuntimeError, FloatingPointError) as error:

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from adaptive_opt import capture as cap
 from adaptive_opt.capture import Ambient, Capture, ModelCall
+from adaptive_opt.parallel import ALONE, Team, without_ddp
 
 
 class Source(Protocol):
@@ -52,13 +54,20 @@ class GivenLoss:
 
     cause = "objective() is not the loss that went backward: it draws other random numbers or reads another batch"
 
-    def __init__(self, loss: Callable[[], Tensor], modules: list[nn.Module], ambient: Ambient | None):
-        self.loss, self.modules, self._ambient = loss, modules, ambient
+    def __init__(
+        self,
+        loss: Callable[[], Tensor],
+        modules: list[nn.Module],
+        ambient: Ambient | None,
+        ddp: DistributedDataParallel | None = None,
+    ):
+        self.loss, self.modules, self._ambient, self._ddp = loss, modules, ambient, ddp
 
     def evaluate(self) -> Tensor:
         if self._ambient is not None:
             self._ambient.meet(self.modules)
-        return self.loss()
+        with without_ddp(self._ddp):
+            return self.loss()
 
 
 class Closure(GivenLoss):
@@ -81,11 +90,13 @@ class Objective:
 
     Untouched by any replay, also when it raises: parameters, `.grad`, buffers (lent as clones), RNG states, train/eval
     modes, the autocast state. `loss_scale` is what a gradient scaler multiplied the captured loss by; `clip_norm` is the
-    norm that the user's clipping let through when it was last compared (None: nothing was clipped).
+    norm that the user's clipping let through when it was last compared (None: nothing was clipped). Of a `team` each process
+    has its own batch: `loss`, `loss_with` and `gradient` are means over them all and must be called on every one; `replay` is
+    of this process's batch alone.
     """
 
-    def __init__(self, source: Source, params: Sequence[Tensor], bystanders: Sequence[Tensor] = ()):
-        self.source = source
+    def __init__(self, source: Source, params: Sequence[Tensor], bystanders: Sequence[Tensor] = (), team: Team = ALONE):
+        self.source, self.team = source, team
         self.bystanders = bystanders  # other parameters whose gradients a closure may clear
         self.params = list(params)
         self.loss_scale = 1.0
@@ -93,9 +104,10 @@ class Objective:
 
     @property
     def batch_size(self) -> int | None:
+        """Samples, those of all processes if each has as many as this one."""
         calls = getattr(self.source, "calls", None)
         sizes = [cap.batch_size(call) for call in calls or ()]
-        return sum(s or 0 for s in sizes) or None
+        return sum(s or 0 for s in sizes) * self.team.size or None
 
     def part(self, fraction: float, least: int = 16) -> tuple[Objective, float] | None:
         """The same loss on the first samples of the batch (at least `least`), with the true fraction; None: not possible."""
@@ -103,7 +115,7 @@ class Objective:
         if true_fraction is None or not isinstance(self.source, CapturedBatch):
             return None
         calls = cap.subset(self.source.calls, self.source.capture.loss_fn, self._at_least(fraction, least))
-        smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.bystanders)
+        smaller = Objective(CapturedBatch(self.source.capture, calls), self.params, self.bystanders, self.team)
         smaller.loss_scale = self.loss_scale
         return smaller, true_fraction
 
@@ -121,7 +133,7 @@ class Objective:
         """The loss as the user's own forward pass gave it, without a replay; None where no hook saw it."""
         calls = getattr(self.source, "calls", None) or ()
         parts = [(r.value * r.weight).sum().float() for c in calls for r in c.losses if r.weight is not None]
-        return float(torch.stack(parts).sum()) / self.loss_scale if parts else None
+        return self.team.mean(float(torch.stack(parts).sum()) / self.loss_scale) if parts else None
 
     @contextmanager
     def replay(self) -> Iterator[Callable[[], Tensor]]:
@@ -143,8 +155,12 @@ class Objective:
 
     def loss(self) -> float:
         """The loss at the parameters' present values; no backward of ours (a PINN's loss may need its own)."""
+        like = torch.zeros((), dtype=torch.float64, device=self.params[0].device) if self.team.size > 1 else self.params[0]
+        return float(self.team.mean_of(lambda: [self._loss()], [like])[0])
+
+    def _loss(self) -> Tensor:
         with self.replay() as evaluate:
-            return float(evaluate().detach())
+            return evaluate().detach()
 
     @torch.no_grad()
     def loss_with(self, values: Mapping[int, Tensor]) -> float:
@@ -156,6 +172,9 @@ class Objective:
 
     def gradient(self) -> list[Tensor]:
         """The gradient at the parameters' present values, one tensor a parameter (zeros where the loss does not reach)."""
+        return self.team.mean_of(self._gradient, self.params)
+
+    def _gradient(self) -> list[Tensor]:
         with self.replay() as evaluate:
             grads = torch.autograd.grad(evaluate(), self.params, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]

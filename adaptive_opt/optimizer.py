@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -16,6 +17,7 @@ from adaptive_opt.controller import Controller
 from adaptive_opt.interventions import INTERVENTIONS
 from adaptive_opt.modes import MODES, Mode, all_params
 from adaptive_opt.notice import warn
+from adaptive_opt.parallel import JoinedStep, check_join
 from adaptive_opt.policy import Policy, RulePolicy
 from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Reading, StepReport
@@ -135,8 +137,12 @@ class AdaptiveOptimizer(Optimizer):
     def _looked_at_step(self, closure: Callable[[], Any] | None, ambient: Ambient | None, loss: Any) -> None:
         if (why := self.control.gate.without_replay(closure is not None)) is not None:
             self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
+        if self.control.team.size > 1 and self._capture is not None:
+            check_join(self._capture.ddp, self)
         self._report = report = self.control.step(closure, ambient, loss)
-        for event in report.events:  # never silent: with no sink to say it, on the terminal
+        for event in (
+            report.events if self.control.team.rank == 0 else ()
+        ):  # never silent: with no sink to say it, on the terminal
             LOG.log(logging.INFO if self.sinks else logging.WARNING, event.sentence())
         for sink in self.sinks:
             sink(report)
@@ -189,6 +195,27 @@ class AdaptiveOptimizer(Optimizer):
             assert self._capture is not None
             self._capture.close()
         self._capture: Capture | None = None
+
+    # ---- several processes: `with Join([ddp, optimizer]):` for uneven inputs ------------------------------------------
+
+    def join_hook(self, **kwargs: Any) -> JoinedStep:
+        """What a process does that has no batch left, in `torch.distributed.algorithms.Join`: give the model first."""
+        return JoinedStep(self._ddp(), self.control.shadow, self.state_dict, self.load_state_dict)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where Join's own collective calls are made."""
+        return self._ddp().join_device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that Join waits for."""
+        return self._ddp().join_process_group
+
+    def _ddp(self) -> DistributedDataParallel:
+        if self._capture is None or self._capture.ddp is None:
+            raise ValueError("Join([model, optimizer]): AdaptiveOptimizer(base, model) was given no DistributedDataParallel")
+        return self._capture.ddp
 
     # ---- PyTorch's contract ----------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from adaptive_opt.lipschitz import measure_lipschitz
 from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.metric import Metric, metric
 from adaptive_opt.objective import Objective, ReplayError
+from adaptive_opt.parallel import operator_of
 from adaptive_opt.records import LayerReading, Reading
 from adaptive_opt.schedule import Schedule
 from adaptive_opt.spectra import Spectra
@@ -129,7 +130,7 @@ class LanczosProbe(Schedule):
             loss=math.nan,
             grad_norm=math.nan,
             kind=kind,
-            batch_size=target.batch_size,
+            batch_size=_samples(target),
             fraction=fraction,
             curvature=self.curvature,
             weight_norm=float(norm(flatten(target.params))),
@@ -159,7 +160,12 @@ class LanczosProbe(Schedule):
         if layers if layers is not None else kind == "full":
             draft, spent = self._layers(objective, model, memory, replace(draft, cost=cost), notes)
             cost += spent
-        return replace(draft, cost=cost, seconds=time.perf_counter() - began, notes=tuple(notes))
+        reading = replace(draft, cost=cost, seconds=time.perf_counter() - began, notes=tuple(notes))
+        if objective.team.size > 1:
+            # one process's word for all: they differ in their time, and in what they drew for layers of different batches
+            reading, drawn = objective.team.first((reading, memory.generator.get_state()))
+            memory.generator.set_state(drawn)
+        return reading
 
     def _metric(self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, notes: list[str]) -> Metric | None:
         m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None})
@@ -201,10 +207,16 @@ class LanczosProbe(Schedule):
             parts = [lambda i=i, f=f: part(i, f) for i, f in enumerate(target.parts(evaluate))]
 
             def numbers(backend: str | None) -> tuple[Reading, float]:
-                H, why = operator_on(parts, target.params, self.curvature, backend, self.memory)
+                H, why = operator_of(
+                    target.team,
+                    lambda backend: operator_on(parts, target.params, self.curvature, backend, self.memory),
+                    backend,
+                    BACKENDS,
+                )
                 if why is not None:
                     notes.append(f"backend: {NAMES[H.backend]}, because {why}")
                 value, size = torch.stack([_sum(losses.values()), norm(H.gradient).cpu().double()]).tolist()
+                value = target.team.mean(value)
                 found = replace(draft, loss=value, grad_norm=size, backend=H.backend)
                 if not math.isfinite(value) or not math.isfinite(size):
                     notes.append("curvature: the loss or its gradient is not finite")
@@ -239,7 +251,7 @@ class LanczosProbe(Schedule):
         skipped: tuple[str, ...] = ()
         try:
             with target.replay() as evaluate:
-                measured, skipped = measure_layers(model, evaluate, memory.generator, kinds=self.layers)
+                measured, skipped = measure_layers(model, evaluate, memory.generator, kinds=self.layers, team=target.team)
         except RuntimeError as error:  # a checkpointed block will not have its input watched
             notes.append(f"layers, lipschitz: not measured ({str(error).partition(chr(10))[0]})")
             return draft, fraction * GRADIENT
@@ -251,7 +263,7 @@ class LanczosProbe(Schedule):
             return draft, cost
         try:
             with target.replay() as evaluate:
-                found = measure_lipschitz(model, evaluate, memory.generator, LIPSCHITZ_STEPS)
+                found = measure_lipschitz(model, evaluate, memory.generator, LIPSCHITZ_STEPS, target.team)
         except (RuntimeError, FloatingPointError) as error:
             notes.append(f"lipschitz: not measured ({str(error).partition(chr(10))[0]})")
             return draft, cost + fraction * GRADIENT
@@ -269,7 +281,9 @@ class LanczosProbe(Schedule):
     def _piece(objective: Objective, memory: ProbeMemory, fraction: float, least: int = 16) -> tuple[Objective, float]:
         """The first samples of the batch and their true share, or the whole where it cannot be cut."""
         cut = None if memory.whole else objective.part(fraction, least)
-        return (objective, 1.0) if cut is None else cut
+        if not objective.team.all(cut is not None) or cut is None:
+            return objective, 1.0
+        return cut[0], objective.team.mean(cut[1])
 
 
 @contextmanager
@@ -288,6 +302,11 @@ def _outputs(model: nn.Module | None, wanted: bool) -> Iterator[list[Tensor]]:
         yield found
     finally:
         hook.remove()
+
+
+def _samples(objective: Objective) -> int | None:
+    """Of all processes together."""
+    return round(objective.team.mean(objective.batch_size or 0)) or None
 
 
 def _sum(losses: Iterable[Tensor]) -> Tensor:

@@ -72,9 +72,11 @@ class Schedule:
         late = (step - memory.last_cheap) * self.overhead >= 2 * cheap  # half of the budget
         return "cheap" if (early or late) and spent + cheap <= allowance else None
 
-    def keep_time(self, step: int, memory: ProbeMemory, device: torch.device) -> None:
-        """To be called at the end of every step: the run's time goes on, and now and then a reading gets another price."""
+    def keep_time(self, step: int, memory: ProbeMemory, device: torch.device) -> bool:
+        """To be called at the end of every step: the run's time goes on, and now and then (True) the price is looked at."""
         if self.price is None and self.every is None and self.overhead:
             memory.clock.tick(device)
             if step >= REPRICED and (step & (step - 1)) == 0:
                 memory.reprice(step)
+                return True
+        return False

@@ -5,17 +5,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from adaptive_opt.curvature.vectors import PIECE, accumulator, pieces
+from adaptive_opt.curvature.vectors import PIECE, Total, accumulator, pieces
 
 
 class Basis:
     """Up to `capacity` orthonormal (n,) vectors. Rows of another dtype or device are widened piece by piece when used.
 
     `dtype=torch.float16` or `torch.bfloat16` halves the memory of a float32 run; `device="cpu"` keeps the rows on the host.
+    `total` where each process has some columns of the rows.
     """
 
-    def __init__(self, capacity: int, like: Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
-        self.like, self.size = like.new_empty(0), 0
+    def __init__(
+        self,
+        capacity: int,
+        like: Tensor,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        total: Total | None = None,
+    ):
+        self.like, self.size, self.total = like.new_empty(0), 0, total
         shape = (capacity, like.numel())
         self.rows = torch.empty(shape, dtype=dtype or like.dtype, device=device or like.device)
         self.as_made = self.rows.dtype == like.dtype and self.rows.device == like.device  # the run's own
@@ -54,6 +62,7 @@ class Basis:
     def _sum(self, parts: list[Tensor]) -> Tensor:
         wide = accumulator(self.like)
         total = parts[0].to(wide) if len(parts) == 1 else torch.stack(parts).sum(0, dtype=wide)
+        total = total if self.total is None else self.total(total)
         return total if self.scale == 1 else total / self.scale
 
     def combine(self, coefficients: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
-from adaptive_opt.curvature.vectors import accumulator, negligible, norm
+from adaptive_opt.curvature.vectors import Total, accumulator, entries, negligible, norm
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,32 @@ def golub_kahan(
     num_steps: int,
     *,
     eps: float | None = None,
+    total: Total | None = None,
 ) -> Bidiagonal:
     """Run at most `num_steps` products with J and with J' from `start` and solve the bidiagonal problem.
 
     `product` maps an (n,) tensor to an (m,) tensor, `transposed` back. Norms are accumulated in float64 and stay on the device;
-    the host is synchronised once, at the end. `eps` is the rounding of the products where it is coarser than `start`'s. Raises
+    the host is synchronised once, at the end. `eps` is the rounding of the products where it is coarser than `start`'s. `total`
+    where each process has some entries of the vectors: the products are its own, dots and norms are everyone's. Raises
     ValueError on a step count that cannot be used, and FloatingPointError when the start vector or the first product is not
     finite.
     """
-    n = start.numel()
+    m, n = 0, entries(start, total)
     k = min(num_steps, n)
     if k < 1:
         raise ValueError(f"golub_kahan(num_steps={num_steps}) on an operator with {n} columns: at least one step is needed")
     steps = torch.zeros(4, k, dtype=accumulator(start), device=start.device)
     alpha, beta, defect_u, defect_v = steps
-    right = Basis(k, start)  # V, (k, n)
+    right = Basis(k, start, total=total)  # V, (k, n)
     left: Basis | None = None  # U, (k, m): m is known after the first product
-    u, v = start, start / norm(start).to(start.dtype)
+    u, v = start, start / norm(start, total).to(start.dtype)
     for j in range(k):
         right.append(v)
         p = product(v).to(start.dtype)
-        left = left or Basis(min(k, p.numel()), p)
-        if j == p.numel():  # U is full: alpha_j = 0
+        if left is None:
+            m = entries(p, total)
+            left = Basis(min(k, m), p, total=total)
+        if j == m:  # U is full: alpha_j = 0
             break
         p = p if j == 0 else torch.add(p, u * beta[j - 1].to(p.dtype), alpha=-1)  # J v_j = beta_j-1 u_j-1 + alpha_j u_j
         u, alpha[j], defect_u[j] = _orthonormal(p, left)
@@ -69,9 +73,8 @@ def golub_kahan(
         r = torch.add(transposed(u).to(start.dtype), v * alpha[j].to(v.dtype), alpha=-1)  # J'u_j = alpha_j v_j + beta_j v_j+1
         v, beta[j], defect_v[j] = _orthonormal(r, right)
     assert left is not None
-    shape = (left.rows.shape[1], n)
     known = steps.cpu().double().numpy()  # the one synchronisation
-    return _solve(known, shape, float(torch.finfo(start.dtype).eps), eps or 0.0)
+    return _solve(known, (m, n), float(torch.finfo(start.dtype).eps), eps or 0.0)
 
 
 def _orthonormal(w: Tensor, basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,11 +89,11 @@ def _orthonormal(w: Tensor, basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
         taken = basis.dots(w)
         basis.remove(taken, w)
         defect = taken.norm()
-    length = norm(w)
+    length = norm(w, basis.total)
     q = w / length.to(w.dtype).clamp_min(tiny)
     if basis.size:
         basis.remove(basis.dots(q), q)  # twice is enough (Parlett)
-    rest = norm(q)
+    rest = norm(q, basis.total)
     return q / rest.to(q.dtype).clamp_min(tiny), length * rest, defect
 
 

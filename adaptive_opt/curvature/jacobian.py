@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +79,15 @@ class _Above(torch.autograd.Function):
         return grads[0], None
 
 
+class Others(Protocol):
+    """Processes that have other samples of the same batch."""
+
+    size: int
+    rank: int
+
+    def total(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class LayerSpectrum:
     """Singular values of J = d output / d input, block-diagonal over the samples of the batch.
@@ -94,27 +104,40 @@ class LayerSpectrum:
 
 
 def layer_spectrum(
-    output: Tensor | Point, input: Tensor | Point, generator: torch.Generator, num_steps: int = 4
+    output: Tensor | Point,
+    input: Tensor | Point,
+    generator: torch.Generator,
+    num_steps: int = 4,
+    others: Others | None = None,
 ) -> LayerSpectrum:
     """Largest, smallest and root-mean-square singular value of d output / d input.
 
     `output` must hang on `input` by a differentiable graph; `generator` draws the start vector, on the smaller side of J. Each
     of the `num_steps` steps costs one product with J (by double backward) and one with J' (by backward) of this layer alone.
+    With `others` the samples are those of all processes, dealt out one by one: the numbers are the whole batch's.
     """
     J = Jacobian(output, input)
     wide = J.output.numel < J.input.numel
-    n = J.output.numel if wide else J.input.numel
-    start = torch.randn(n, generator=generator, device=generator.device, dtype=torch.float32)
-    start = start.to(device=J.input.tensor.device, dtype=J.dtype)
+    side = (J.output if wide else J.input).tensor
+    start = _start(side, generator, others).to(device=J.input.tensor.device, dtype=J.dtype)
     products = (J.transposed, J.product) if wide else (J.product, J.transposed)
-    b = golub_kahan(*products, start, num_steps, eps=max(J.input.eps, J.output.eps))
+    total = None if others is None or others.size == 1 else others.total
+    b = golub_kahan(*products, start, num_steps, eps=max(J.input.eps, J.output.eps), total=total)
     square, square_error = b.frobenius()
-    rms = (square / J.output.numel) ** 0.5
+    outputs = b.shape[1 if wide else 0]
+    rms = (square / outputs) ** 0.5
     return LayerSpectrum(
         sigma_max=float(b.sigma[-1]),
         sigma_max_error=float(b.residuals[-1]),
         sigma_rms=rms,
-        sigma_rms_error=square_error / J.output.numel / (2 * rms) if rms > 0 else 0.0,
+        sigma_rms_error=square_error / outputs / (2 * rms) if rms > 0 else 0.0,
         sigma_min=float(b.sigma[0]),
         sigma_min_error=float(b.residuals[0]),
     )
+
+
+def _start(side: Tensor, generator: torch.Generator, others: Others | None) -> Tensor:
+    """(n,) standard normal. Of a batch dealt out over processes: this one's samples of the vector that one alone would draw."""
+    size, rank = (1, 0) if others is None else (others.size, others.rank)
+    v = torch.randn(side.numel() * size, generator=generator, device=generator.device, dtype=torch.float32)
+    return v if size == 1 else v.view(-1, *side.shape[1:])[rank::size].reshape(-1)

@@ -1,10 +1,11 @@
 """Flat vectors: many tensors as one, and sums that keep their digits at any length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+Total = Callable[[Tensor], Tensor]  # the sum over the processes of which each holds some entries of a vector; None: one has all
 PIECE = 1 << 17  # entries that several passes over a basis take at a time: their rows stay in the cache
 WIDENED = 1 << 15  # entries that are widened at a time; 1 << 20 was 20 times slower (fresh memory at each: docs/evidence.md)
 
@@ -35,9 +36,15 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([torch.dot(x[s].to(wide), y[s].to(wide)) for s in pieces(n, width)]).sum()
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x: Tensor, total: Total | None = None) -> Tensor:
     """Euclidean norm, accumulated wide, left on the device."""
-    return torch.linalg.vector_norm(x, dtype=accumulator(x))
+    size = torch.linalg.vector_norm(x, dtype=accumulator(x))
+    return size if total is None else total(size * size).sqrt()
+
+
+def entries(x: Tensor, total: Total | None = None) -> int:
+    """How many entries the vector has, on all processes."""
+    return x.numel() if total is None else int(total(torch.tensor(x.numel(), dtype=accumulator(x), device=x.device)))
 
 
 def pieces(n: int, size: int = PIECE) -> Iterator[slice]:

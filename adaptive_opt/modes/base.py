@@ -25,6 +25,8 @@ class StepContext:
     mode: Mode = field(default_factory=lambda: BaseStep())  # the one that is on
     cost: float = 0.0  # gradient-equivalents that were spent on replays, added up by whoever spends them
     failure: Exception | None = None  # a replay that raised; whoever caught it went on without
+    costs: tuple[float, float] | None = None  # of a cheap and of a full reading, where several processes agreed on them
+    short: bool = False  # a process has no batch left (Join): nothing that needs all of them can be done
 
     @property
     def grads(self) -> list[Tensor]:

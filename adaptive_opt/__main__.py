@@ -9,7 +9,9 @@ from importlib import import_module
 
 COMMANDS: dict[str, str] = {  # name -> what it does, in one line
     "checkup": "one page on a checkpoint: the curvature of its loss, and which layer worries",
+    "compare": "run folders side by side: config, numbers, treatments, outcome",
     "dashboard": "a run, live in the browser, or as one HTML file or picture",
+    "report": "a run folder as a page of Markdown",
     "watch": "a run as text: status, numbers, last events",
 }
 

@@ -6,14 +6,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from adaptive_opt import AdaptiveOptimizer
-from experiments.faults import Faults
-from experiments.tasks.base import Task
+
+from .faults import Faults
+from .tasks.base import Task
 
 
 @dataclass
@@ -27,6 +29,14 @@ class Outcome:
     overhead: float = 0.0  # probing, in gradient-equivalents a step
     treatment: float = 0.0  # replays of modes and treatments, likewise
     treatments: list[str] = field(default_factory=list)  # the log's sentences
+    outcomes: list[str] = field(default_factory=list)  # of the treatments that have one: "kept", "reverted", "done"
+    gradients: list[float] = field(repr=False, default_factory=list)  # gradient-equivalents spent up to each step, all told
+    clock: list[float] = field(repr=False, default_factory=list)  # seconds up to each step
+
+    @property
+    def train_loss(self) -> float:
+        """Mean training loss of the last 20 steps; NaN if one of them is."""
+        return fmean(self.losses[-20:])
 
 
 def train(
@@ -41,7 +51,7 @@ def train(
 ) -> Outcome:
     """Train for `steps` (the task's own by default), or until `until(loss)` holds."""
     total = task.steps if steps is None else steps
-    losses, log = [], []
+    losses, log, outcomes, spent, clock = [], [], [], [], []
     began = time.perf_counter()
     for step in tqdm(range(total), desc=title, leave=False, disable=not sys.stderr.isatty()):
         x, y = task.batch(step)
@@ -54,12 +64,19 @@ def train(
         if schedule is not None:
             schedule.step()
         losses.append(float(loss.detach()))
-        if isinstance(optimizer, AdaptiveOptimizer) and optimizer.report is not None:
-            log += [event.sentence() for event in optimizer.report.events]
+        extra = 0.0
+        if isinstance(optimizer, AdaptiveOptimizer) and (report := optimizer.report) is not None:
+            log += [event.sentence() for event in report.events]
+            outcomes += [event.outcome for event in report.events if event.outcome != "pending"]
+            extra = report.probe_cost + report.treatment_cost
+        spent.append(len(losses) + extra)
+        clock.append(time.perf_counter() - began)
         if until is not None and until(losses[-1]):
             break
     seconds = time.perf_counter() - began
-    out = Outcome(task.evaluate(), losses, seconds, len(losses), treatments=log)
+    out = Outcome(
+        task.evaluate(), losses, seconds, len(losses), treatments=log, outcomes=outcomes, gradients=spent, clock=clock
+    )
     if isinstance(optimizer, AdaptiveOptimizer) and optimizer.report is not None:
         out.overhead = optimizer.report.probe_cost / len(losses)
         out.treatment = optimizer.report.treatment_cost / len(losses)

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from experiments.tasks.base import Classification
+from .base import Classification
 
 
 class Digits(Classification):
@@ -25,6 +25,7 @@ class Digits(Classification):
         depth: int = 2,
         gain: float = 1.0,
         label_noise: float = 0.0,
+        validation: int = 0,
     ):
         try:
             from sklearn.datasets import load_digits
@@ -49,4 +50,4 @@ class Digits(Classification):
         g = torch.Generator().manual_seed(seed)
         wrong = (torch.rand(len(y), generator=g) < label_noise) & (torch.arange(len(y)) < 1400)
         y[wrong] = torch.randint(0, 10, (int(wrong.sum()),), generator=g)
-        super().__init__(model, (x[:1400], y[:1400]), (x[1400:], y[1400:]), batch_size, steps, seed)
+        super().__init__(model, (x[:1400], y[:1400]), (x[1400:], y[1400:]), batch_size, steps, seed, validation)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks.base import Classification
+from .base import Classification
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def images() -> tuple[Tensor, Tensor]:
 class MNIST(Classification):
     """A CNN of 20k parameters with batch normalisation and dropout."""
 
-    def __init__(self, seed: int = 0, batch_size: int = 64, steps: int = 800, width: int = 16):
+    def __init__(self, seed: int = 0, batch_size: int = 64, steps: int = 800, width: int = 16, validation: int = 0):
         torch.manual_seed(seed)
         model = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
@@ -37,4 +37,4 @@ class MNIST(Classification):
             nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * 49, 10),
         )  # fmt: skip
         x, y = images()
-        super().__init__(model, (x[:4000], y[:4000]), (x[4000:], y[4000:]), batch_size, steps, seed)
+        super().__init__(model, (x[:4000], y[:4000]), (x[4000:], y[4000:]), batch_size, steps, seed, validation)

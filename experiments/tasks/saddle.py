@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks.canyon import HalfSquares
+from .canyon import HalfSquares
 
 
 class Saddle:

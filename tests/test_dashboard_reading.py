@@ -4,12 +4,14 @@ import itertools
 import json
 import os
 import sys
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import append, healthy_run, plain, saddle_run
 
+from adaptive_opt.dashboard import follower as follower_module
 from adaptive_opt.dashboard.follower import Follower
 from adaptive_opt.dashboard.run import Run
 from adaptive_opt.dashboard.runs import Runs
@@ -220,5 +222,32 @@ def test_the_background_reads_what_is_asked_for(tmp_path):
         while run.tail.behind or run.last is None:
             pass
         assert run.last.step == 2
+    finally:
+        follower.close()
+
+
+def test_a_long_file_waits_while_a_page_is_opened_and_a_short_one_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(follower_module, "CALM", 1e6)
+    append(tmp_path / "short", plain(0))
+    append(tmp_path / "long", plain(0))
+    with (tmp_path / "long" / "steps.jsonl").open("a") as file:  # sparse: more than can be read in the first look
+        file.truncate(1 << 34)
+    follower = Follower(Runs(tmp_path))
+    try:
+        long = follower.get("long")
+        while not long.tail.left:
+            pass
+        follower.opened()
+        before = -1
+        while before != long.tail.offset:  # the look that was going on comes to its end
+            before = long.tail.offset
+            time.sleep(0.3)
+        short = follower.get("short")
+        while short.last is None:
+            pass
+        assert long.tail.offset == before < long.tail.size
+        monkeypatch.setattr(follower_module, "CALM", 0.0)
+        while long.tail.offset == before:
+            pass
     finally:
         follower.close()

@@ -11,6 +11,7 @@ from adaptive_opt.dashboard.runs import Runs
 MOST = 7  # runs kept in memory: the one that is shown and six compared with it
 IDLE = 60.0  # seconds after which a run that nobody looks at is not read on
 PAUSE = 0.2  # seconds between looks at files in which nothing came
+CALM, LONG = 2.0, 1 << 20  # seconds after a page was opened in which a file with more than so many bytes to read waits
 LISTED = 3.0  # seconds for which the list of runs is good
 
 
@@ -21,6 +22,7 @@ class Follower:
         self.runs, self.until = runs, until
         self._open: dict[str, Run] = {}
         self._asked: dict[str, float] = {}
+        self._opened = -CALM
         self._names: tuple[float, list[str]] = (-LISTED, [])
         self._lock = Lock()
         self._stop = Event()
@@ -45,6 +47,10 @@ class Follower:
                 del self._open[old]
             return self._open[name]
 
+    def opened(self) -> None:
+        """A page is being opened: reading a long file would take the time that drawing it needs."""
+        self._opened = time.monotonic()
+
     def close(self) -> None:
         """Stop reading."""
         self._stop.set()
@@ -54,6 +60,7 @@ class Follower:
         while not self._stop.is_set():
             with self._lock:
                 wanted = [run for name, run in self._open.items() if time.monotonic() - self._asked[name] < IDLE]
-            came = [run.update(0.1) for run in wanted]
+            calm = time.monotonic() - self._opened < CALM
+            came = [run.update(0.1) for run in wanted if not (calm and run.tail.left > LONG)]
             if not any(came):
                 self._stop.wait(PAUSE)

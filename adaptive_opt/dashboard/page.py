@@ -10,6 +10,7 @@ from typing import Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.exceptions import PreventUpdate
+from flask import request
 
 from adaptive_opt.dashboard import content, figures
 from adaptive_opt.dashboard.follower import Follower
@@ -42,6 +43,12 @@ def page(follower: Follower, first: str | None = None) -> Dash:
     )
     app.layout = lambda: layout(follower, first)
     _callbacks(app, follower)
+
+    @app.server.before_request
+    def _opened() -> None:
+        if request.path == "/":
+            follower.opened()
+
     return app
 
 

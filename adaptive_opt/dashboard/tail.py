@@ -50,9 +50,14 @@ class Tail:
         self._too_long = False
 
     @property
+    def left(self) -> int:
+        """Bytes still to be read, by the size of the file at the last look."""
+        return self.size - self.offset
+
+    @property
     def behind(self) -> float:
         """Share of the file that is still to be read: 0 when it is read up to its end."""
-        return 1 - self.offset / self.size if self.size else 0.0
+        return self.left / self.size if self.size else 0.0
 
     def look(self, seconds: float = 1.0) -> Iterator[Line | None]:
         """The reports that came since, as long as `seconds` last; None first where the file began anew.

@@ -57,7 +57,8 @@ def main() -> int:
         return 0
     from adaptive_opt.__main__ import main as command
 
-    trainer = subprocess.Popen([sys.executable, __file__, "--train", "--steps", str(args.steps), "--out", str(args.out)])
+    training = [sys.executable, __file__, "--train", "--steps", str(args.steps), "--out", str(args.out)]
+    trainer = subprocess.Popen(training, start_new_session=True)  # Ctrl-C is for the page; the training is ended below
     try:
         return command(["dashboard", str(args.out), "--port", str(args.port)])
     finally:

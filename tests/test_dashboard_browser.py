@@ -17,6 +17,7 @@ from browser import Browser, needed
 from made_runs import MARKUP, append, healthy_run, hostile, plain, saddle_run, unstable
 
 from adaptive_opt.__main__ import main
+from adaptive_opt.dashboard import picture
 from adaptive_opt.dashboard.follower import Follower
 from adaptive_opt.dashboard.page import page
 from adaptive_opt.dashboard.pictures import Pictures
@@ -235,6 +236,16 @@ def test_without_a_browser_pictures_say_so_once_and_training_goes_on(monkeypatch
     assert "apt install chromium" in caplog.text
     with pytest.raises(ValueError, match=r"Pictures\(every=0, width=1280\)"):
         Pictures(every=0)
+
+
+def test_a_browser_that_hangs_is_given_up(folder, tmp_path, capsys, monkeypatch):
+    hanging = tmp_path / "chromium"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(hanging))
+    monkeypatch.setattr(picture, "LONGEST", 0.2)
+    assert main(["dashboard", str(folder), "--run", "saddle", "--png", str(tmp_path / "out.png")]) == 1
+    assert "had drawn nothing after 0.2 s" in capsys.readouterr().err
 
 
 def test_where_a_browser_has_to_be_there_its_absence_fails(monkeypatch):

@@ -18,6 +18,7 @@ FLAGS = (
     "--disable-sync", "--disable-quic", "--disable-extensions", "--hide-scrollbars", "--allow-file-access-from-files",
     "--virtual-time-budget=10000",
 )  # fmt: skip
+LONGEST = 120  # seconds that a drawing may take
 COLUMNS, TITLE = 3, 30  # figures beside each other; pixels of the name above each
 ALONE = """<!DOCTYPE html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #fff; display: grid; grid-template-columns: repeat({columns}, {width}px); }}
@@ -42,7 +43,7 @@ def browser() -> str:
 
 def page_picture(document: str, path: str | Path, width: int = 1280, dark: bool = False) -> None:
     """Draw an exported page, whole, `width` pixels wide. Raises NoBrowser, or RuntimeError with what the browser said."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the browser may still write
         file = Path(folder) / "page.html"
         file.write_text(document, encoding="utf-8")
         drawn = _run(["--dump-dom", f"--window-size={width},800"], file, folder, dark)
@@ -75,7 +76,7 @@ def _draw(named: list[tuple[str, Any]], path: Path, columns: int, width: int) ->
         places.append(f'<div>{head}<div id="f{i}" style="width:{width}px;height:{heights[i]}px"></div></div>')
         calls.append(f'Plotly.newPlot("f{i}", {figure_json(figure)});')
     height = sum(max(heights[i : i + columns]) + title for i in range(0, len(named), columns))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the browser may still write
         file = Path(folder) / "figures.html"
         page = ALONE.format(
             title=TITLE, columns=columns, width=width, plotly=get_plotlyjs(), places="".join(places), calls="".join(calls)
@@ -96,7 +97,10 @@ def _run(what: list[str], file: Path, folder: str, dark: bool) -> str:
     root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # Chromium refuses a sandbox to root
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
     command = [browser(), *FLAGS, *root, *theme, f"--user-data-dir={folder}/profile", *what, file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{command[0]} had drawn nothing after {LONGEST} s") from error
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} failed with status {done.returncode}: {done.stderr[-500:]}")
     return done.stdout

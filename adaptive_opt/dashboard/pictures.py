@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -38,7 +37,7 @@ class Pictures:
                 path = Path(folder) / "panels.png"
                 figures_picture({p.title: p.draw(self.kept.reports) for p in PANELS}, path, self.width)
                 return path.read_bytes()
-        except (NoBrowser, RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        except (NoBrowser, RuntimeError, OSError) as error:
             self._failed = True
             LOG.warning("no pictures of the panels: %s", error)
             return None

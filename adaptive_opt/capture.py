@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adaptive_opt.parallel import active_ddp, team_of
+from adaptive_opt.sharded import refusal
 
 KEEP_STEPS = 3  # steps (and clearings of the gradients) for which a forward pass waits for its backward
 KEEP_UNUSED = 8  # forward passes without a backward (validation, GAN) that are remembered before the oldest goes
@@ -111,6 +112,7 @@ class Capture:
         self.calls: list[ModelCall] = []
         self.armed = True  # False only for what a copied model took along
         self.problem: str | None = None  # why the latest loss could not be captured
+        self.unreplayable = refusal(self.model)  # for good
         self.team, self.ddp = team_of(model), model if isinstance(model, DistributedDataParallel) else None
         inside = model if self.ddp is None else self.ddp.module  # what it is given there is on the right device
         self.handles = [

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from adaptive_opt import verify
 from adaptive_opt.capture import Ambient, Capture
+from adaptive_opt.curvature import whole
 from adaptive_opt.diagnosis import diagnose
 from adaptive_opt.gate import Gate
 from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, RunningStatistics, Snapshot
@@ -29,6 +30,7 @@ from adaptive_opt.parallel import ALONE, ProcessLost, Team
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
 from adaptive_opt.records import Decision, Event, History, LayerReading, Reading, StepReport, Trend
+from adaptive_opt.sharded import gathered, is_sharded
 from adaptive_opt.signals import Signals
 from adaptive_opt.verify import Trial
 
@@ -184,7 +186,7 @@ class Controller:
     def _trend(self, ctx: StepContext, loss: Any, events: list[Event]) -> Trend:
         """The free signals, with one synchronisation of the host."""
         grads = [p.grad for p in all_params(self.base) if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
+        norm = whole(torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads]))
         value = loss if loss is not None else self.gate.loss()
         if isinstance(value, Tensor):
             value, size = torch.stack([value.detach().reshape(-1)[0].float().to(norm.device), norm.float()]).tolist()
@@ -472,8 +474,8 @@ class Controller:
     # ---- checkpoint: plain types and tensors only -----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run needs to go on bit for bit, beside the base optimizer's own state."""
-        return {
+        """Everything that a run needs to go on bit for bit, beside the base optimizer's own state; whole tensors."""
+        state = {
             "version": 1,
             **{name: getattr(self, name) for name in PLAIN_STATE},
             "not_before": dict(self.not_before),
@@ -486,6 +488,7 @@ class Controller:
             "interventions": {name: i.state_dict() for name, i in self.interventions.items()},
             **{name: part.state_dict() for name, part in self._parts().items()},
         }
+        return gathered(state) if any(map(is_sharded, all_params(self.base))) else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint; tensors are put where the parameters are."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt.capture import Ambient, Capture, device_of
+from adaptive_opt.curvature import whole
 from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, Source, agreement
 from adaptive_opt.parallel import ALONE, Team
@@ -64,6 +65,8 @@ class Gate:
         calls = self.capture.step_calls() if self.capture is not None else []
         modules = self.capture.modules if self.capture is not None else []
         ddp = self.capture.ddp if self.capture is not None else None
+        if self.capture is not None and self.capture.unreplayable:
+            return None
         source: Source
         if self.given is not None:
             seen = self.capture.calls[0].ambient if self.capture is not None and self.capture.calls else None
@@ -108,7 +111,7 @@ class Gate:
                 self.scaled_loss = 1.0
             objective.loss_scale = self._loss_scale()
             ratio /= objective.loss_scale
-        self.clip_norm = float(torch.nn.utils.get_total_norm(ctx.grads)) if ratio > 1.01 else None
+        self.clip_norm = float(whole(torch.nn.utils.get_total_norm(ctx.grads))) if ratio > 1.01 else None
         objective.clip_norm = self.clip_norm
         self.trusted = True
         return True
@@ -124,6 +127,8 @@ class Gate:
         """Why there is no objective."""
         if self.trusted is False:
             return self.distrust
+        if self.capture is not None and self.capture.unreplayable:
+            return self.capture.unreplayable
         refusals = [c.refusal for c in self.capture.calls if c.refusal] if self.capture is not None else []
         if self.capture is not None and (refusals or self.capture.problem):
             return refusals[0] if refusals else str(self.capture.problem)
@@ -149,6 +154,8 @@ class Gate:
             return self.why_not()
         calls = self.capture.step_calls() if self.capture is not None else []
         captured = any(c.weighted for c in calls) and not any(c.refusal for c in calls)
+        if self.capture is not None and self.capture.unreplayable:
+            return self.capture.unreplayable
         return None if closure or captured or self.given is not None else self.why_not()
 
     # ---- parameters and scales ----------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from adaptive_opt import capture as cap
 from adaptive_opt.capture import Ambient, Capture, ModelCall
+from adaptive_opt.curvature import whole
 from adaptive_opt.parallel import ALONE, Team, without_ddp
+from adaptive_opt.sharded import lent_whole, placed
 
 
 class Source(Protocol):
@@ -99,6 +101,7 @@ class Objective:
         self.source, self.team = source, team
         self.bystanders = bystanders  # other parameters whose gradients a closure may clear
         self.params = list(params)
+        self.leaves = self.params  # inside of `replay` what the loss hangs on: whole, where the parameters are shards
         self.loss_scale = 1.0
         self.clip_norm: float | None = None
 
@@ -141,6 +144,8 @@ class Objective:
         with ExitStack() as stack:
             stack.enter_context(_put_back([*self.params, *self.bystanders], self.source.modules))
             stack.enter_context(_unheard())
+            self.leaves = stack.enter_context(lent_whole(self.params, self.source.modules))
+            stack.callback(setattr, self, "leaves", self.params)
             stack.enter_context(torch.enable_grad())
             # the fused kernels have no second derivative on the CPU; a replay uses the one that has
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -167,17 +172,18 @@ class Objective:
         """The loss with other values of the parameters, by id(p); those that are missing stay. Put back bit for bit."""
         with _same_bits(self.params):
             for p in self.params:
-                p.copy_(values.get(id(p), p))
+                p.copy_(placed(values.get(id(p), p), p))
             return self.loss()
 
     def gradient(self) -> list[Tensor]:
         """The gradient at the parameters' present values, one tensor a parameter (zeros where the loss does not reach)."""
-        return self.team.mean_of(self._gradient, self.params)
+        return [placed(g, p) for g, p in zip(self.team.mean_of(self._gradient, self.params), self.params, strict=True)]
 
     def _gradient(self) -> list[Tensor]:
         with self.replay() as evaluate:
-            grads = torch.autograd.grad(evaluate(), self.params, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self.params, strict=True)]
+            leaves = self.leaves
+            grads = torch.autograd.grad(evaluate(), leaves, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, leaves, strict=True)]
 
     def _evaluate(self) -> Tensor:
         return self._checked(self.source.evaluate)
@@ -248,7 +254,7 @@ def moved(params: Sequence[Tensor], direction: Sequence[Tensor], length: float) 
     with _same_bits(params):
         with torch.no_grad():
             for p, d in zip(params, direction, strict=True):
-                p.add_(d.to(p.dtype), alpha=length)
+                p.add_(placed(d, p).to(p.dtype), alpha=length)
         yield
 
 
@@ -266,7 +272,7 @@ def _same_bits(params: Sequence[Tensor]) -> Iterator[None]:
 
 def agreement(replayed: Sequence[Tensor], seen: Sequence[Tensor | None]) -> tuple[float, float]:
     """(cosine, |replayed| / |seen|) of two gradients; (1, 1) when both vanish, NaN when either is not finite."""
-    pairs = [(r, torch.zeros_like(r) if s is None else s) for r, s in zip(replayed, seen, strict=True)]
+    pairs = [(whole(r), whole(torch.zeros_like(r) if s is None else s)) for r, s in zip(replayed, seen, strict=True)]
     wide = torch.float32 if replayed[0].device.type == "mps" else torch.float64
     dot, rr, ss = torch.stack(
         [

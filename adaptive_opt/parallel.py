@@ -18,6 +18,7 @@ from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from adaptive_opt.curvature import Operator
+from adaptive_opt.sharded import is_sharded
 
 T = TypeVar("T")
 
@@ -185,10 +186,14 @@ def operator_of(
 
 
 def team_of(model: nn.Module) -> Team:
-    """The processes between which this module's gradients are averaged."""
+    """The processes between which this module's gradients are averaged: by DistributedDataParallel, or by FSDP2."""
     if isinstance(model, DistributedDataParallel):
         return Team(model.process_group, next(p.device for p in model.parameters()))
-    return ALONE
+    sharded: Any = next((p for p in model.parameters() if is_sharded(p)), None)
+    if sharded is None:
+        return ALONE
+    mesh = sharded.device_mesh
+    return Team(mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD, sharded.device)
 
 
 @contextmanager

@@ -209,7 +209,7 @@ class LanczosProbe(Schedule):
             def numbers(backend: str | None) -> tuple[Reading, float]:
                 H, why = operator_of(
                     target.team,
-                    lambda backend: operator_on(parts, target.params, self.curvature, backend, self.memory),
+                    lambda backend: operator_on(parts, target.leaves, self.curvature, backend, self.memory),
                     backend,
                     BACKENDS,
                 )

@@ -23,7 +23,7 @@ from adaptive_opt.curvature.rayleigh_ritz import RitzPair, top_ritz_pair
 from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
 from adaptive_opt.curvature.trace import TraceEstimate, hutchinson, hutchpp, xtrace
 from adaptive_opt.curvature.two_pass import two_pass_lanczos
-from adaptive_opt.curvature.vectors import flatten, unflatten
+from adaptive_opt.curvature.vectors import flatten, unflatten, whole
 
 __all__ = [
     "BACKENDS",
@@ -75,5 +75,6 @@ __all__ = [
     "trace_estimate",
     "two_pass_lanczos",
     "unflatten",
+    "whole",
     "xtrace",
 ]

@@ -10,10 +10,16 @@ PIECE = 1 << 17  # entries that several passes over a basis take at a time: thei
 WIDENED = 1 << 15  # entries that are widened at a time; 1 << 20 was 20 times slower (fresh memory at each: docs/evidence.md)
 
 
+def whole(x: Tensor) -> Tensor:
+    """The tensor that the processes hold shards of (DTensor), gathered on each; any other is whole already."""
+    gather = getattr(x, "full_tensor", None)
+    return x if gather is None else gather()
+
+
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """One (n,) vector out of tensors of any shapes; float32 at least, so that half-precision models can be measured."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors])
+    return torch.cat([whole(t.detach()).reshape(-1).to(dtype) for t in tensors])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

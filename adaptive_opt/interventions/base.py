@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from adaptive_opt.modes import StepContext, all_params
 from adaptive_opt.records import Reading, Trend
+from adaptive_opt.sharded import placed
 
 
 @dataclass
@@ -63,9 +64,9 @@ class Snapshot:
         Parameters that were added since stay as they are. The mode's part is the caller's to load.
         """
         for i, (p, kept) in enumerate(zip(all_params(base), self.params, strict=False)):
-            p.copy_(kept)
+            p.copy_(placed(kept, p))
             if i in self.state:
-                base.state[p] = copied(self.state[i])
+                base.state[p] = {k: placed(v, p) if isinstance(v, Tensor) else v for k, v in copied(self.state[i]).items()}
             else:
                 base.state.pop(p, None)
 

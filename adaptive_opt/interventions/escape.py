@@ -13,6 +13,7 @@ from adaptive_opt.curvature import unflatten
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot
 from adaptive_opt.objective import moved
 from adaptive_opt.probe import FORWARD
+from adaptive_opt.sharded import placed
 
 
 class Escape:
@@ -68,7 +69,7 @@ class Escape:
         before = Snapshot.take(patient.trend.step, ctx)
         with torch.no_grad():
             for p, d in zip(ctx.objective.params, direction, strict=True):
-                p.add_(d.to(p.dtype), alpha=length)
+                p.add_(placed(d, p).to(p.dtype), alpha=length)
         done = f"stepped {length:.3g} along the most negative curvature, loss {start:.6g} -> {best:.6g}"
         return Applied(done, moved=True, trial=1, before=before)
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from adaptive_opt.family import ELEMENTWISE, family
 from adaptive_opt.modes import kronecker as kron
 from adaptive_opt.modes.base import StepContext, all_params, overridden
+from adaptive_opt.sharded import is_sharded
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")  # rotate as vectors
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "max_exp_avg_sq")  # transform with the squared rotation
@@ -61,6 +62,8 @@ class KFAC:
         self._factors: dict[int, _Factors] = {}
 
     def refuses(self, base: Optimizer) -> str | None:
+        if any(map(is_sharded, all_params(base))):
+            return "kfac needs whole matrices and their eigenvectors, and these parameters are shards of them (FSDP2)"
         if family(base) in (*ELEMENTWISE, "SGD"):
             return None
         return f"kfac knows the rules of {', '.join(ELEMENTWISE)} and SGD, and {type(base).__name__} is none of them"

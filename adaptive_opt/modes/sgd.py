@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adaptive_opt.curvature import whole
 from adaptive_opt.family import family
 from adaptive_opt.modes.base import StepContext
+from adaptive_opt.sharded import placed
 
 
 class SGDStep:
@@ -55,7 +57,7 @@ class SGDStep:
         steps = [p - b for p, b in zip(ctx.params, before, strict=True)]
         ss = torch.stack([(s * s).sum().float() for s in steps]).sum()
         sg = torch.stack([(s * g).sum().float() for s, g in zip(steps, grads, strict=True)]).sum()
-        size, along = torch.stack([ss, -sg]).tolist()
+        size, along = whole(torch.stack([ss, -sg])).tolist()
         lr = max(float(group["lr"]) for group in ctx.base.param_groups)
         if along > 0 and lr > 0:
             self._seen += 1
@@ -70,7 +72,7 @@ class SGDStep:
             lr = gamma * float(group["lr"])
             if group.get("weight_decay"):
                 p.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
-            buffer = self._buffers.setdefault(index, torch.zeros_like(p))
+            buffer = self._buffers[index] = placed(self._buffers.get(index, torch.zeros_like(p)), p)
             buffer.mul_(self.momentum).add_(g)
             p.add_(buffer, alpha=-lr)
 

@@ -77,7 +77,8 @@ def _serve(rank: int, size: int, store: str, tasks: Any, results: Any) -> None:
     import warnings
 
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    for theirs in (".*find_unused_parameters=True was specified.*", "FSDP2-wrapped module .* returned a view tensor.*"):
+        warnings.filterwarnings("ignore", message=theirs)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)

@@ -82,6 +82,17 @@ class Controller:
     def listen(self, model: nn.Module | None, capture: Capture | None, objective: Callable[[], Tensor] | None) -> None:
         """Where the batches come from."""
         self.gate.model, self.gate.capture, self.gate.given = model, capture, objective
+        self._listen()
+
+    def deaf(self) -> None:
+        """No mode hears a model any more."""
+        for mode in self.modes.values():
+            mode.listen(None, self.base)
+
+    def _listen(self) -> None:
+        """Only the mode that is on hears the model's layers."""
+        for name, mode in self.modes.items():
+            mode.listen(self.gate.model if name == self.mode else None, self.base)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -388,6 +399,7 @@ class Controller:
         self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state))
         if self.mode != snapshot.mode:
             self.mode, self.mode_since = snapshot.mode, self.steps
+            self._listen()
 
     def _switch(self, decision: Decision, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
         """Into another mode, with a snapshot to come back to when the policy expects something of it."""
@@ -410,6 +422,7 @@ class Controller:
         self.modes[self.mode].exit(ctx)
         self.modes[mode].enter(ctx)
         self.mode, self.mode_since, self.mode_is_treatment = mode, self.steps, as_treatment
+        self._listen()
 
     # ---- verify -------------------------------------------------------------------------------------------------
 
@@ -496,6 +509,7 @@ class Controller:
         state = copied(state, all_params(self.base)[0].device)
         for name in PLAIN_STATE:
             setattr(self, name, state[name])
+        self._listen()
         self.not_before, self.failures, self.kappas = state["not_before"], state["failures"], state["kappas"]
         layers = state["first_layers"]
         self.first_layers = None if layers is None else tuple(LayerReading(**layer) for layer in layers)

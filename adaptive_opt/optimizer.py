@@ -194,6 +194,7 @@ class AdaptiveOptimizer(Optimizer):
         if getattr(self, "_capture", None) is not None:
             assert self._capture is not None
             self._capture.close()
+            self.control.deaf()
         self._capture: Capture | None = None
 
     # ---- several processes: `with Join([ddp, optimizer]):` for uneven inputs ------------------------------------------

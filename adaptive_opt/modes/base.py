@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt.objective import Objective
@@ -53,6 +53,7 @@ class Mode(Protocol):
     steps_as_base: bool  # the base's own rule in the parameters' own basis: what a reading says of the coming step holds
 
     def refuses(self, base: Optimizer) -> str | None: ...  # why it cannot work with this base
+    def listen(self, model: nn.Module | None, base: Optimizer) -> None: ...  # the mode is on: hear this model's layers
     def enter(self, ctx: StepContext) -> None: ...
     def step(self, ctx: StepContext) -> None: ...
     def exit(self, ctx: StepContext) -> None: ...
@@ -69,6 +70,9 @@ class BaseStep:
 
     def refuses(self, base: Optimizer) -> str | None:
         return None
+
+    def listen(self, model: nn.Module | None, base: Optimizer) -> None:
+        pass
 
     def enter(self, ctx: StepContext) -> None:
         pass

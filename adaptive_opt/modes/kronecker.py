@@ -12,15 +12,34 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues ascending, orthonormal columns Q) of a symmetric factor; retried in float64 when float32 fails.
+    """(eigenvalues ascending, orthonormal columns Q) of a symmetric factor, by eigh in the factor's own precision.
 
-    Raises torch.linalg.LinAlgError (a RuntimeError) when that fails too: the caller keeps the basis it had.
+    When that fails it is tried again in float64, and then with 1e-6 of the mean eigenvalue added to the diagonal. Raises
+    RuntimeError (torch.linalg.LinAlgError is one) when that fails too: the caller keeps the basis it had.
     """
     try:
         values, Q = torch.linalg.eigh(factor)
-    except RuntimeError:  # torch.linalg.LinAlgError is one
-        values, Q = torch.linalg.eigh(factor.double())
+    except RuntimeError:
+        wide = factor.double()
+        try:
+            values, Q = torch.linalg.eigh(wide)
+        except RuntimeError:
+            values, Q = torch.linalg.eigh(wide + 1e-6 * wide.diagonal().mean() * torch.eye(len(wide)).to(wide))
     return values.clamp_min(0).to(factor.dtype), Q.to(factor.dtype)
+
+
+def orthogonal_iteration(factor: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """(Rayleigh quotients, Q): one step of QR power iteration from the basis Q (Vyas et al., 2024, algorithm 4).
+
+    Raises RuntimeError when the outcome is not finite.
+    """
+    power = factor @ Q
+    largest_first = (Q * power).sum(0).argsort(descending=True)  # Gram-Schmidt keeps the first column's direction best
+    Q = torch.linalg.qr(power[:, largest_first])[0]
+    values = (Q * (factor @ Q)).sum(0)
+    if not bool(torch.isfinite(values).all()):
+        raise RuntimeError("orthogonal_iteration: the factor is not finite")
+    return values.clamp_min(0), Q
 
 
 def rotate(X: Tensor, QL: Tensor | None, QR: Tensor | None) -> Tensor:
@@ -36,12 +55,51 @@ def rotate_back(X: Tensor, QL: Tensor | None, QR: Tensor | None) -> Tensor:
 
 
 def change(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """T with x_new = T' x_old for coordinates in the two bases."""
+    """T with x_new = T' x_old for coordinates in the two bases; None is the parameters' own basis."""
     if new is None:
-        return None
+        return None if old is None else old.T
     return new if old is None else old.T @ new
 
 
-def second_moment(left: Tensor, right: Tensor) -> Tensor:
-    """v = l r' / trace: the elementwise second moment that the factors' eigenvalues imply (as Adafactor's, in the basis)."""
-    return torch.outer(left, right) / left.sum().clamp_min(torch.finfo(left.dtype).tiny)
+def variances(factor: Tensor, Q: Tensor | None) -> Tensor:
+    """diag(Q' F Q): what the factor says of the second moment along each vector of the basis."""
+    return factor.diagonal() if Q is None else (Q * (factor @ Q)).sum(0).clamp_min(0)
+
+
+def correction(T: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """What the squared rotation (T*T)' gets wrong in a second moment, by what the factor knows of both bases.
+
+    (T*T)'v takes the entries of a gradient for uncorrelated. The factor has their correlations: it says `before` along the
+    old basis and `after` along the new one, where the squared rotation of `before` would say otherwise. 1 where the factor
+    is diagonal, and where nothing turns; never above the number of rows.
+    """
+    return after / ((T * T).T @ before).clamp_min(torch.finfo(after.dtype).tiny)
+
+
+def damped_inverse(left: Tensor, right: Tensor, damping: float) -> Tensor:
+    """1 / ((l + gamma_l) (r + gamma_r)'), the inverse that the factors' eigenvalues imply, damped with the pi-split.
+
+    lambda = damping * mean(l) * mean(r) is shared out by pi = sqrt(mean(r) / mean(l)) (Martens and Grosse, 2015, section
+    6.3): gamma_l = sqrt(lambda) / pi = sqrt(damping) * mean(l), gamma_r = sqrt(lambda) * pi = sqrt(damping) * mean(r).
+    Relative, so that 1 is what is returned where all eigenvalues are equal and damping is 0.
+    """
+    return 1 / torch.outer(_relative(left) + damping**0.5, _relative(right) + damping**0.5)
+
+
+def damped_rescaling(second_moment: Tensor, damping: float) -> Tensor:
+    """1 / (S + damping * mean(S)) * mean(S): EKFAC's inverse, its eigenvalues measured in the basis (George et al., 2018)."""
+    return 1 / (_relative(second_moment) + damping)
+
+
+def whitening(values: Tensor, damping: float) -> Tensor:
+    """(l / mean(l) + damping)^-1/2, for one side alone (ASGO: An et al., 2025)."""
+    return (_relative(values) + damping).rsqrt()
+
+
+def with_norm_of(D: Tensor, s: Tensor) -> Tensor:
+    """D at the length of s (grafting: Agarwal et al., 2020)."""
+    return D * (s.norm() / D.norm().clamp_min(torch.finfo(D.dtype).tiny))
+
+
+def _relative(values: Tensor) -> Tensor:
+    return values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from adaptive_opt.modes.base import StepContext
@@ -31,6 +32,9 @@ class SAM:
 
     def refuses(self, base: Optimizer) -> str | None:
         return None
+
+    def listen(self, model: nn.Module | None, base: Optimizer) -> None:
+        pass
 
     def enter(self, ctx: StepContext) -> None:
         self._count = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt.curvature import whole
@@ -35,6 +35,9 @@ class SGDStep:
 
     def refuses(self, base: Optimizer) -> str | None:
         return None
+
+    def listen(self, model: nn.Module | None, base: Optimizer) -> None:
+        pass
 
     def enter(self, ctx: StepContext) -> None:
         self._seen, self._gamma, self._buffers = 0, 0.0, {}

@@ -139,8 +139,11 @@ class Objective:
         return self.team.mean(float(torch.stack(parts).sum()) / self.loss_scale) if parts else None
 
     @contextmanager
-    def replay(self) -> Iterator[Callable[[], Tensor]]:
-        """Inside, call the yielded function for the loss with a fresh graph, as often as needed; outside, no trace."""
+    def replay(self, twice: bool = True) -> Iterator[Callable[[], Tensor]]:
+        """Inside, call the yielded function for the loss with a fresh graph, as often as needed; outside, no trace.
+
+        twice: the graph has a second derivative.
+        """
         with ExitStack() as stack:
             stack.enter_context(_put_back([*self.params, *self.bystanders], self.source.modules))
             stack.enter_context(_unheard())
@@ -148,7 +151,8 @@ class Objective:
             stack.callback(setattr, self, "leaves", self.params)
             stack.enter_context(torch.enable_grad())
             # the fused kernels have no second derivative on the CPU; a replay uses the one that has
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if twice:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if "torch._dynamo" in sys.modules:  # neither have compiled graphs: run what they were compiled from
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield self._evaluate
@@ -180,7 +184,7 @@ class Objective:
         return [placed(g, p) for g, p in zip(self.team.mean_of(self._gradient, self.params), self.params, strict=True)]
 
     def _gradient(self) -> list[Tensor]:
-        with self.replay() as evaluate:
+        with self.replay(twice=False) as evaluate:
             leaves = self.leaves
             grads = torch.autograd.grad(evaluate(), leaves, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, leaves, strict=True)]

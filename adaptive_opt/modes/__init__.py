@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from adaptive_opt.modes.base import BaseStep, Mode, StepContext, all_params
 from adaptive_opt.modes.kfac import KFAC
-from adaptive_opt.modes.sam import SAM
+from adaptive_opt.modes.sam import KFACSAM, SAM
 from adaptive_opt.modes.sgd import SGDStep
 
-MODES: dict[str, Callable[[], Mode]] = {"base": BaseStep, "sgd": SGDStep, "kfac": KFAC, "sam": SAM}
+MODES: dict[str, Callable[[], Mode]] = {"base": BaseStep, "sgd": SGDStep, "kfac": KFAC, "sam": SAM, "kfac_sam": KFACSAM}
 
-__all__ = ["KFAC", "MODES", "SAM", "BaseStep", "Mode", "SGDStep", "StepContext", "all_params"]
+__all__ = ["KFAC", "KFACSAM", "MODES", "SAM", "BaseStep", "Mode", "SGDStep", "StepContext", "all_params"]

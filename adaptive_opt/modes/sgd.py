@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from adaptive_opt.sharded import placed
 
 
 class SGDStep:
-    """Heavy-ball SGD that takes over from the base.
+    """Heavy-ball SGD that takes over from the base, and hands back to it.
 
-    During `warm_up` steps the base steps on and the learning rate is estimated as SWATS does: gamma = s's / (-s'g) for
-    the base's step s, averaged with bias correction. Then w -= gamma * lr(now) / lr(then) * m, so that the user's
-    schedule keeps its meaning. A base that is SGD already stays as it is.
+    During `warm_up` steps the base steps on and the learning rate is estimated from its steps s as SWATS does,
+    gamma = s's / (-s'g), with both products averaged before they are divided: -s'g of one noisy batch may be next to 0. Then
+    w -= gamma * lr(now) / lr(then) * m, so that the user's schedule keeps its meaning; m begins as the base's own momentum
+    where it keeps one. Meanwhile the base steps on in the dark, on these gradients, and its steps are undone: its moments are
+    those of the present weights when it takes over again. A base that is SGD already stays as it is.
     """
 
     name = "sgd"
@@ -30,7 +33,7 @@ class SGDStep:
         if not 0 <= momentum < 1 or warm_up < 1:
             raise ValueError(f"SGDStep(momentum={momentum}, warm_up={warm_up}): momentum in [0, 1), warm_up of 1 or more")
         self.momentum, self.warm_up, self.beta = momentum, warm_up, beta
-        self._seen, self._gamma = 0, 0.0  # EMA of gamma / lr, so that it is relative to the user's learning rate
+        self._seen, self._size, self._along = 0, 0.0, 0.0  # EMAs of s's / lr^2 and -s'g / lr
         self._buffers: dict[int, Tensor] = {}
 
     def refuses(self, base: Optimizer) -> str | None:
@@ -40,62 +43,58 @@ class SGDStep:
         pass
 
     def enter(self, ctx: StepContext) -> None:
-        self._seen, self._gamma, self._buffers = 0, 0.0, {}
+        self._seen, self._size, self._along, self._buffers = 0, 0.0, 0.0, {}
 
     def exit(self, ctx: StepContext) -> None:
         self._buffers = {}
 
+    @torch.no_grad()
     def step(self, ctx: StepContext) -> None:
         if family(ctx.base) == "SGD" or not ctx.params:
             ctx.base.step()
-        elif self._seen < self.warm_up:
-            self._estimate(ctx)
-        else:
-            self._descend(ctx)
-
-    @torch.no_grad()
-    def _estimate(self, ctx: StepContext) -> None:
-        before, grads = [p.clone() for p in ctx.params], ctx.grads
+            return
+        before = [p.clone() for p in ctx.params]
         ctx.base.step()
-        steps = [p - b for p, b in zip(ctx.params, before, strict=True)]
-        ss = torch.stack([(s * s).sum().float() for s in steps]).sum()
-        sg = torch.stack([(s * g).sum().float() for s, g in zip(steps, grads, strict=True)]).sum()
-        size, along = whole(torch.stack([ss, -sg])).tolist()
-        lr = max(float(group["lr"]) for group in ctx.base.param_groups)
-        if along > 0 and lr > 0:
-            self._seen += 1
-            self._gamma = self.beta * self._gamma + (1 - self.beta) * size / along / lr
+        if self._seen < self.warm_up or self._along <= 0:
+            self._estimate(ctx, [p - b for p, b in zip(ctx.params, before, strict=True)])
+            return
+        for p, b in zip(ctx.params, before, strict=True):
+            p.copy_(b)
+        self._descend(ctx)
 
-    @torch.no_grad()
+    def _estimate(self, ctx: StepContext, steps: list[Tensor]) -> None:
+        size = torch.stack([(s * s).sum().float() for s in steps]).sum()
+        along = -torch.stack([(s * g).sum().float() for s, g in zip(steps, ctx.grads, strict=True)]).sum()
+        size, along = whole(torch.stack([size, along])).tolist()
+        lr = max(float(group["lr"]) for group in ctx.base.param_groups)
+        if lr > 0 and math.isfinite(size) and math.isfinite(along):
+            self._seen += 1
+            self._size = self.beta * self._size + (1 - self.beta) * size / lr**2
+            self._along = self.beta * self._along + (1 - self.beta) * along / lr
+
     def _descend(self, ctx: StepContext) -> None:
-        self._step_others(ctx)
-        gamma = self._gamma / (1 - self.beta**self._seen) * (1 - self.momentum)  # SWATS, eq. 5 and its momentum form
+        gamma = self._size / self._along * (1 - self.momentum)  # SWATS, eq. 5 and its momentum form
         for index, p, g in zip(ctx.indices, ctx.params, ctx.grads, strict=True):
             group = ctx.group_of(p)
-            lr = gamma * float(group["lr"])
             if group.get("weight_decay"):
                 p.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
-            buffer = self._buffers[index] = placed(self._buffers.get(index, torch.zeros_like(p)), p)
+            if index not in self._buffers:
+                self._buffers[index] = self._momentum_of(ctx, p)
+            buffer = self._buffers[index] = placed(self._buffers[index], p)  # a checkpoint's may come back whole
             buffer.mul_(self.momentum).add_(g)
-            p.add_(buffer, alpha=-lr)
+            p.add_(buffer, alpha=-gamma * float(group["lr"]))
 
-    @staticmethod
-    def _step_others(ctx: StepContext) -> None:
-        """The base's own step where this mode has none: sparse and complex parameters."""
-        mine = {id(p) for p in ctx.params}
-        if all(p.grad is None or id(p) in mine for group in ctx.base.param_groups for p in group["params"]):
-            return
-        grads = [p.grad for p in ctx.params]
-        try:
-            for p in ctx.params:
-                p.grad = None
-            ctx.base.step()
-        finally:
-            for p, g in zip(ctx.params, grads, strict=True):
-                p.grad = g
+    def _momentum_of(self, ctx: StepContext, p: Tensor) -> Tensor:
+        """The base's mean gradient as heavy ball keeps it, a sum of 1 / (1 - momentum) gradients."""
+        state = ctx.base.state.get(p, {})
+        if "exp_avg" not in state:
+            return torch.zeros_like(p)
+        beta1, t = float(ctx.group_of(p)["betas"][0]), float(state["step"])
+        return state["exp_avg"] * (1 / (1 - beta1**t) / (1 - self.momentum))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self._seen, "gamma": self._gamma, "buffers": dict(self._buffers)}
+        return {"seen": self._seen, "size": self._size, "along": self._along, "buffers": dict(self._buffers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seen, self._gamma, self._buffers = state["seen"], state["gamma"], dict(state["buffers"])
+        self._seen, self._size, self._along = state["seen"], state["size"], state["along"]
+        self._buffers = dict(state["buffers"])

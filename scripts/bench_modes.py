@@ -1,0 +1,554 @@
+"""python scripts/bench_modes.py [--only poisson autoencoder gpt mnist noise speed switch] [--seeds K] [--figure FILE.png]
+
+Each mode beside the bare base optimizer and the peers (pytorch_optimizer's SOAP, Shampoo, Muon, SAM): loss at equal process
+time and equal steps on five workloads, time and memory of a step, and what a switch does to the loss. Every arm's learning
+rate is swept on seed 0; its best one runs on the other seeds. One JSON line a finished run in runs/bench_modes.jsonl; what
+is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from scipy.stats import t as student  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe  # noqa: E402
+from adaptive_opt.modes import KFAC, SAM, BaseStep, Mode, SGDStep  # noqa: E402
+from scripts.bench_probe import GPT, mlp  # noqa: E402
+
+Row = dict[str, Any]
+Params = Iterable[nn.Parameter]
+
+
+@dataclass
+class Work:
+    """A workload: `batch()` draws, `loss_fn(model(x), y)` is trained, `score()` is what is compared."""
+
+    model: nn.Module
+    batch: Callable[[], tuple[Tensor, Tensor]]
+    score: Callable[[], float]
+    loss_fn: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+    objective: Callable[[], Tensor] | None = None  # in place of loss_fn(model(x), y)
+
+    def loss(self) -> Tensor:
+        if self.objective is not None:
+            return self.objective()
+        x, y = self.batch()
+        return self.loss_fn(self.model(x), y)
+
+
+# ---- workloads -------------------------------------------------------------------------------------------------------
+
+
+def poisson(seed: int) -> Work:
+    """-laplace(u) = f on the unit square, u = sin(pi x) sin(2 pi y), as a PINN; relative L2 error on a grid."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(2, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 1)
+    )
+
+    def exact(p: Tensor) -> Tensor:
+        return torch.sin(math.pi * p[:, 0]) * torch.sin(2 * math.pi * p[:, 1])
+
+    inside = torch.rand(256, 2).requires_grad_()
+    f = 5 * math.pi**2 * exact(inside.detach())
+    s = torch.linspace(0, 1, 20)
+    edge = torch.cat([torch.stack([a, b], 1) for a, b in ((s, 0 * s), (s, 0 * s + 1), (0 * s, s), (0 * s + 1, s))])
+    grid = torch.cartesian_prod(torch.linspace(0, 1, 50), torch.linspace(0, 1, 50))
+
+    def objective() -> Tensor:
+        (slope,) = torch.autograd.grad(model(inside).sum(), inside, create_graph=True)
+        (xx,) = torch.autograd.grad(slope[:, 0].sum(), inside, create_graph=True)
+        (yy,) = torch.autograd.grad(slope[:, 1].sum(), inside, create_graph=True)
+        return (xx[:, 0] + yy[:, 1] + f).square().mean() + 100 * model(edge).square().mean()
+
+    def score() -> float:
+        with torch.no_grad():
+            return float((model(grid)[:, 0] - exact(grid)).norm() / exact(grid).norm())
+
+    return Work(model, lambda: (inside, f), score, objective=objective)
+
+
+def autoencoder(seed: int) -> Work:
+    """digits, 64-100-50-16-50-100-64 with tanh, mean squared error over the whole training set."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(seed)
+    x = torch.tensor(load_digits().data / 16.0, dtype=torch.float32)
+    sizes = [64, 100, 50, 16, 50, 100, 64]
+    parts = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
+    model = nn.Sequential(*parts[:-1])
+
+    def batch() -> tuple[Tensor, Tensor]:
+        rows = x[torch.randint(0, len(x), (128,))]
+        return rows, rows
+
+    return Work(model, batch, lambda: float(F.mse_loss(model(x), x)), nn.MSELoss())
+
+
+def gpt(seed: int, width: int = 64, depth: int = 2, samples: int = 16) -> Work:
+    """Characters of Python's own library, 64 at a time; validation loss on a tenth that is held out."""
+    import inspect
+
+    modules = ("argparse", "ast", "difflib", "textwrap", "inspect", "typing", "tarfile", "zipfile", "doctest", "pdb")
+    source = "".join(inspect.getsource(__import__(name)) for name in modules)
+    letters = {c: i for i, c in enumerate(sorted(set(source)))}
+    text = torch.tensor([letters[c] for c in source])
+    cut = len(text) * 9 // 10
+    torch.manual_seed(seed)
+    model = GPT(len(letters), width, depth)
+
+    def draw(low: int, high: int, count: int) -> tuple[Tensor, Tensor]:
+        t = text[torch.randint(low, high - 65, (count, 1)) + torch.arange(65)]
+        return t[:, :-1], t[:, 1:].flatten()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        held_out = draw(cut, len(text), 128)
+
+    def score() -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(model(held_out[0]), held_out[1]))
+
+    return Work(model, lambda: draw(0, cut, samples), score)
+
+
+def mnist(seed: int) -> Work:
+    """A CNN with batch normalisation on 4000 real MNIST images; test error in per cent."""
+    from experiments.tasks.mnist import MNIST
+
+    task = MNIST(seed, width=8)
+    return Work(task.model, lambda: task.batch(0), lambda: 100 - task.evaluate()["test_accuracy"], task.loss_fn)
+
+
+def noise(seed: int) -> Work:
+    """mnist1d (Greydanus and Kobak, 2024), 40 % of the training labels random; test error in per cent."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    if not noise.data:  # type: ignore[attr-defined]
+        noise.data = make_dataset(get_dataset_args())  # type: ignore[attr-defined]
+    d = noise.data  # type: ignore[attr-defined]
+    x, y, test_x, test_y = (torch.as_tensor(d[k]) for k in ("x", "y", "x_test", "y_test"))
+    x, test_x = x.float(), test_x.float()
+    torch.manual_seed(seed)
+    flipped = torch.rand(len(y)) < 0.4
+    y = torch.where(flipped, torch.randint(0, 10, (len(y),)), y)
+    model = mlp([40, 128, 128, 10])
+
+    def batch() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(0, len(x), (128,))
+        return x[rows], y[rows]
+
+    def score() -> float:
+        with torch.no_grad():
+            return 100 * float((model(test_x).argmax(1) != test_y).float().mean())
+
+    return Work(model, batch, score)
+
+
+noise.data = None  # type: ignore[attr-defined]
+
+
+# ---- arms ------------------------------------------------------------------------------------------------------------
+
+
+def adamw(p: Params, lr: float, beta2: float = 0.999) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(p, lr=lr, betas=(0.9, beta2))
+
+
+def wrapped(mode: Callable[[], Mode], base: Callable[..., torch.optim.Optimizer] = adamw) -> Callable[[Work, float], Any]:
+    """One mode from the first step to the last, nothing measured."""
+
+    def make(w: Work, lr: float) -> AdaptiveOptimizer:
+        given: dict[str, Any] = {"objective": w.objective} if w.objective is not None else {"loss_fn": w.loss_fn}
+        modes = {"base": BaseStep(), "on": mode()}
+        policy, probe = ConstantPolicy("on"), LanczosProbe(overhead=0)
+        return AdaptiveOptimizer(base(w.model.parameters(), lr=lr), w.model, **given, probe=probe, policy=policy, modes=modes)
+
+    return make
+
+
+def peer(name: str, **kwargs: Any) -> Callable[[Work, float], Any]:
+    """pytorch_optimizer's, with its defaults."""
+
+    def make(w: Work, lr: float) -> torch.optim.Optimizer:
+        import pytorch_optimizer
+
+        made = getattr(pytorch_optimizer, name)
+        if name == "Muon":
+            groups = [
+                {"params": [p for p in w.model.parameters() if (p.dim() >= 2) == big], "use_muon": big} for big in (True, False)
+            ]
+            return made(groups, lr=lr, adamw_lr=lr, **kwargs)
+        return made(w.model.parameters(), lr=lr, **kwargs)
+
+    return make
+
+
+ARMS: dict[str, Callable[[Work, float], Any]] = {
+    "AdamW": lambda w, lr: adamw(w.model.parameters(), lr),
+    "AdamW, beta2 0.95": lambda w, lr: adamw(w.model.parameters(), lr, 0.95),
+    "kfac": wrapped(KFAC),
+    "kfac, every 5": wrapped(lambda: KFAC(every=5)),
+    "kfac, of layers": wrapped(lambda: KFAC("kfac")),
+    "sam": wrapped(lambda: SAM(rho=0.05)),
+    "sam, every 2nd": wrapped(lambda: SAM(rho=0.05, every=2)),
+    "asam": wrapped(lambda: SAM(rho=2.0, adaptive=True)),
+    "kfac_sam": wrapped(lambda: SAM(rho=0.05, inner=KFAC())),
+    "sgd": wrapped(SGDStep),
+    "SOAP (peer)": peer("SOAP", weight_decay=0.01),
+    "Shampoo (peer)": peer("Shampoo", preconditioning_compute_steps=10),
+    "Muon (peer)": peer("Muon"),
+    "SAM (peer)": peer("SAM", base_optimizer=torch.optim.AdamW, rho=0.2),
+}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A workload, its arms with the learning rates to sweep, and the budgets."""
+
+    make: Callable[[int], Work]
+    metric: str
+    seconds: float | None  # of process time
+    steps: int | None
+    rates: tuple[float, ...]
+    arms: tuple[str, ...]
+
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+CONTESTS = {
+    "poisson": Contest(
+        poisson,
+        "relative L2 error",
+        8,
+        None,
+        RATES,
+        ("AdamW", "AdamW, beta2 0.95", "kfac", "kfac, every 5", "SOAP (peer)", "Muon (peer)"),
+    ),
+    "autoencoder": Contest(
+        autoencoder,
+        "train MSE",
+        5,
+        None,
+        RATES,
+        ("AdamW", "kfac", "kfac, of layers", "SOAP (peer)", "Shampoo (peer)", "Muon (peer)"),
+    ),
+    "gpt": Contest(gpt, "validation loss", 10, None, RATES, ("AdamW", "kfac", "kfac, of layers", "SOAP (peer)", "Muon (peer)")),
+    "gpt, equal steps": Contest(gpt, "validation loss", None, 500, RATES, ("AdamW", "kfac", "kfac, of layers", "SOAP (peer)")),
+    "mnist": Contest(mnist, "test error, %", 8, None, RATES, ("AdamW", "kfac", "sam", "sgd", "SOAP (peer)")),
+    "noise": Contest(
+        noise, "test error, %", 6, None, RATES, ("AdamW", "sam", "sam, every 2nd", "asam", "kfac_sam", "SAM (peer)")
+    ),
+}
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def one_step(w: Work, optimizer: Any) -> float:
+    """Forward, backward, step; the peer's SAM is given its closure."""
+    optimizer.zero_grad()
+    if type(optimizer).__name__ != "SAM":
+        loss = w.loss()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+    x, y = w.batch()
+    loss = w.loss_fn(w.model(x), y)
+    loss.backward()
+    optimizer.step(lambda: w.loss_fn(w.model(x), y).backward())
+    return float(loss.detach())
+
+
+def run(contest: Contest, arm: str, lr: float, seed: int) -> Row:
+    """Trains with a cosine schedule over the budget: process time of one thread, or steps."""
+    w = contest.make(seed)
+    optimizer = ARMS[arm](w, lr)
+    rates = [float(g["lr"]) for g in optimizer.param_groups]
+    torch.manual_seed(1000 + seed)
+    losses: list[float] = []
+    began = time.process_time()
+    while True:
+        spent = time.process_time() - began
+        share = spent / contest.seconds if contest.seconds else len(losses) / (contest.steps or 1)
+        if share >= 1 or (losses and not math.isfinite(losses[-1])):
+            break
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * share))
+        losses.append(one_step(w, optimizer))
+    score = w.score()
+    return {
+        "score": score if math.isfinite(score) else None,
+        "train_loss": statistics.fmean(losses[-20:]) if math.isfinite(losses[-1]) else None,
+        "steps": len(losses),
+        "seconds": time.process_time() - began,
+    }
+
+
+class Book:
+    """Finished runs, one JSON line each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def find(self, **key: Any) -> Row | None:
+        return next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
+
+    def get(self, make: Callable[[], Row], **key: Any) -> Row:
+        row = self.find(**key)
+        if row is None:
+            row = {**key, **make()}
+            self.rows.append(row)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+        return row
+
+
+def compete(book: Book, name: str, seeds: int) -> None:
+    contest = CONTESTS[name]
+    for arm in contest.arms:
+
+        def at(lr: float, seed: int, arm: str = arm) -> Row:
+            return book.get(lambda: run(contest, arm, lr, seed), section=name, arm=arm, lr=lr, seed=seed)
+
+        swept = [at(lr, 0) for lr in contest.rates]
+        best = min(swept, key=lambda r: math.inf if r["score"] is None else r["score"])
+        for seed in range(1, seeds):
+            at(best["lr"], seed)
+
+
+# ---- time and memory of a step ---------------------------------------------------------------------------------------
+
+SPEED = (
+    "AdamW", "kfac", "kfac, of layers", "sam", "sam, every 2nd", "asam", "kfac_sam", "sgd",
+    "SOAP (peer)", "Shampoo (peer)", "Muon (peer)", "SAM (peer)",
+)  # fmt: skip
+
+
+def speed(book: Book, seeds: int) -> None:
+    """Steps of a GPT of 0.8M parameters, the arms in turn so that all see the same machine; medians over the rounds."""
+    if book.find(section="speed") is not None:
+        return
+    made = {}
+    for arm in SPEED:
+        w = gpt(0, 128, 4)
+        made[arm] = (w, ARMS[arm](w, 1e-3), [])
+        for _ in range(25 if "kfac" in arm else 12):  # the modes' first bases, the estimates of sgd
+            one_step(w, made[arm][1])
+    for _ in range(8):
+        for w, optimizer, times in made.values():
+            for _ in range(5):
+                began = time.process_time()
+                one_step(w, optimizer)
+                times.append(time.process_time() - began)
+    bare = statistics.fmean(made["AdamW"][2])
+    for arm, (w, optimizer, times) in made.items():
+        row = {
+            "ms": 1e3 * statistics.fmean(times),
+            "ratio": statistics.fmean(times) / bare,
+            "longest": max(times) / statistics.median(times),
+            "state": held(optimizer) / sum(p.numel() for p in w.model.parameters()),
+        }
+        book.get(lambda row=row: row, section="speed", arm=arm)
+
+
+def held(optimizer: Any) -> int:
+    """Numbers in every tensor that the optimizer keeps between steps, parameters and gradients aside."""
+    seen: dict[int, int] = {}
+
+    def look(value: Any, depth: int = 0) -> None:
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and value.numel() > 1:
+                seen[value.data_ptr()] = value.numel()
+        elif isinstance(value, dict):
+            for v in value.values():
+                look(v, depth + 1)
+        elif isinstance(value, (list, tuple)):
+            for v in value:
+                look(v, depth + 1)
+
+    look(dict(optimizer.state))
+    if isinstance(optimizer, AdaptiveOptimizer):
+        look({name: mode.state_dict() for name, mode in optimizer.control.modes.items()})
+    elif hasattr(optimizer, "base_optimizer"):
+        look(dict(optimizer.base_optimizer.state))
+    return sum(seen.values())
+
+
+# ---- what a switch does ----------------------------------------------------------------------------------------------
+
+SWITCHED = {"kfac": KFAC, "sam": lambda: SAM(rho=0.05), "sgd": SGDStep}
+
+
+def switch(book: Book, seeds: int) -> None:
+    """Mean loss of the 20 steps after a switch in (from the base) and out (of the mode), less that of the same 20 steps
+    without it, in units of the standard deviation of single steps' losses about their trend."""
+    makers: dict[str, Callable[[int], Work]] = {
+        "poisson": poisson, "autoencoder": autoencoder, "gpt": gpt, "mnist": mnist, "noise": noise,
+    }  # fmt: skip
+    for name, make in makers.items():
+        for mode in SWITCHED:
+            for seed in range(seeds):
+                book.get(lambda: switched(make, mode, seed), section="switch", workload=name, mode=mode, seed=seed)
+
+
+def switched(make: Callable[[int], Work], mode: str, seed: int, before: int = 150, between: int = 60) -> Row:
+    ends: dict[str, list[float]] = {}
+    plans = {"never": ("base",) * 3, "in": ("base", mode, mode), "out": ("base", mode, "base")}
+    for plan, (first, second, third) in plans.items():
+        w = make(seed)
+        modes: dict[str, Mode] = {"base": BaseStep(), mode: SWITCHED[mode]()}
+        given: dict[str, Any] = {"objective": w.objective} if w.objective is not None else {"loss_fn": w.loss_fn}
+        optimizer = AdaptiveOptimizer(
+            adamw(w.model.parameters(), 1e-3),
+            w.model,
+            **given,
+            probe=LanczosProbe(overhead=0),
+            policy=ConstantPolicy(),
+            modes=modes,
+        )
+        optimizer.sinks.append(lambda report: None)  # or a wrapper that has nothing to do would not look at its policy
+        torch.manual_seed(1000 + seed)
+        losses = []
+        for count, wanted in ((before, first), (between, second), (20, third)):
+            optimizer.control.policy = ConstantPolicy(wanted)
+            losses += [one_step(w, optimizer) for _ in range(count)]
+        ends[plan] = losses
+    after = slice(before, before + 20)
+    spread = deviation(ends["never"][before - 50 : before])
+    spread_out = deviation(ends["in"][-50:])
+    return {
+        "in": (statistics.fmean(ends["in"][after]) - statistics.fmean(ends["never"][after])) / spread,
+        "out": (statistics.fmean(ends["out"][-20:]) - statistics.fmean(ends["in"][-20:])) / spread_out,
+    }
+
+
+def deviation(losses: list[float]) -> float:
+    """Standard deviation about a straight line."""
+    y = torch.tensor(losses, dtype=torch.float64)
+    X = torch.stack([torch.ones(len(y)), torch.arange(len(y))], 1).double()
+    return float((y - X @ torch.linalg.lstsq(X, y.unsqueeze(1)).solution[:, 0]).std())
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of the 95 % confidence interval (Student's t)."""
+    if len(values) < 2:
+        return values[0], math.nan
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), half
+
+
+def summary(book: Book, name: str) -> list[Row]:
+    """An arm a row: its best rate, score with interval, steps and milliseconds."""
+    rows = []
+    for arm in CONTESTS[name].arms:
+        mine = [r for r in book.rows if r["section"] == name and r["arm"] == arm]
+        swept = [r for r in mine if r["seed"] == 0 and r["score"] is not None]
+        if not swept:
+            continue
+        lr = min(swept, key=lambda r: r["score"])["lr"]
+        chosen = [r for r in mine if r["lr"] == lr and r["score"] is not None]
+        mean, half = interval([r["score"] for r in chosen])
+        steps = statistics.fmean(r["steps"] for r in chosen)
+        ms = 1e3 * statistics.fmean(r["seconds"] / r["steps"] for r in chosen)
+        rows.append({"arm": arm, "lr": lr, "seeds": len(chosen), "mean": mean, "half": half, "steps": steps, "ms": ms})
+    return rows
+
+
+def table(book: Book, name: str) -> str:
+    if name == "speed":
+        lines = ["| | ms a step | of AdamW's | longest / median | state, in copies of the model |", "|---|---|---|---|---|"]
+        for r in (r for r in book.rows if r["section"] == "speed"):
+            lines.append(f"| {r['arm']} | {r['ms']:.1f} | {r['ratio']:.2f} | {r['longest']:.2f} | {r['state']:.1f} |")
+        return "\n".join(lines)
+    if name == "switch":
+        lines = ["| | mode | in | out |", "|---|---|---|---|"]
+        rows = [r for r in book.rows if r["section"] == "switch"]
+        for workload, mode in dict.fromkeys((r["workload"], r["mode"]) for r in rows):
+            both = [interval([r[way] for r in rows if (r["workload"], r["mode"]) == (workload, mode)]) for way in ("in", "out")]
+            lines.append(f"| {workload} | {mode} | " + " | ".join(f"{m:+.2f} ± {h:.2f}" for m, h in both) + " |")
+        return "\n".join(lines)
+    contest = CONTESTS[name]
+    budget = f"{contest.seconds:g} s" if contest.seconds else f"{contest.steps} steps"
+    lines = [f"| {budget} | {contest.metric} | lr | steps | ms a step |", "|---|---|---|---|---|"]
+    for r in summary(book, name):
+        score = f"{r['mean']:.3g} ± {r['half']:.2g} ({r['seeds']} seeds)"
+        lines.append(f"| {r['arm']} | {score} | {r['lr']:g} | {r['steps']:.0f} | {r['ms']:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(book: Book, path: Path) -> None:
+    """A panel a contest: mean and 95 % interval of every arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in CONTESTS if summary(book, name)]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        rows = summary(book, name)[::-1]
+        axis.errorbar([r["mean"] for r in rows], range(len(rows)), xerr=[r["half"] for r in rows], fmt="o", capsize=3)
+        axis.set_yticks(range(len(rows)), [r["arm"] for r in rows], fontsize=7)
+        axis.set_xscale("log" if name == "poisson" else "linear")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(CONTESTS[name].metric, fontsize=8)
+        axis.tick_params(axis="x", labelsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    sections = [*CONTESTS, "speed", "switch"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--book", type=Path, default=ROOT / "runs" / "bench_modes.jsonl")
+    parser.add_argument("--figure", type=Path, help="draw the contests into this file")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: 1 or more")
+    torch.set_num_threads(1)
+    logging.getLogger("adaptive_opt").setLevel(logging.ERROR)  # every arm says that it is in its mode
+    book = Book(args.book)
+    for name in args.only:
+        if name in CONTESTS:
+            compete(book, name, args.seeds)
+        else:
+            {"speed": speed, "switch": switch}[name](book, args.seeds)
+    for name in args.only:
+        print(f"\n{name}\n\n{table(book, name)}")
+    if args.figure is not None:
+        draw(book, args.figure)
+        print(f"\nFigure: {args.figure}")
+    summaries = {name: summary(book, name) for name in args.only if name in CONTESTS}
+    args.book.with_suffix(".json").write_text(json.dumps({"contests": summaries, "rows": book.rows}, indent=1) + "\n")
+    print(f"\nAll runs: {args.book}, summary: {args.book.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    main()

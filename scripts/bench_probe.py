@@ -1,4 +1,4 @@
-"""python scripts/bench_probe.py [--quick] [--only models scaling] [--out FILE.json] [--figure FILE.png]
+"""python scripts/bench_probe.py [--quick] [--only models cheap scaling] [--out FILE.json] [--figure FILE.png]
 
 What the curvature engine costs, beside PyHessian, hessian-eigenthings and curvlinops (`make bench-probe` installs them): the
 section "probe" of docs/evidence.md. Time is in gradients, forward and backward of the same batch, measured just before and
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Next characters' logits, (batch * context, vocabulary)."""
+    """Next characters' logits, (batch, context, vocabulary)."""
 
     def __init__(self, vocabulary: int, width: int = 128, depth: int = 4, context: int = 64):
         super().__init__()
@@ -70,7 +70,7 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.places.weight))).flatten(0, 1)
+        return self.head(self.norm(self.blocks(self.tokens(x) + self.places.weight)))
 
 
 class Residual(nn.Module):
@@ -150,7 +150,7 @@ def problem(name: str, samples: int | None = None) -> Problem:
             t = text[torch.randint(0, len(text) - 65, (samples or 16, 1), generator=g) + torch.arange(65)]
             return t[:, :-1], t[:, 1:].flatten()
 
-        return Problem(GPT(len(letters)), draw, 1e-3)
+        return Problem(nn.Sequential(GPT(len(letters)), nn.Flatten(0, 1)), draw, 1e-3)
     from experiments.tasks.mnist import images
 
     return Problem(resnet20(), batches(*images(), samples or 32), 1e-3)
@@ -298,8 +298,8 @@ def case(name: str) -> Case:
     return Case(name, p.model, *p.draw(), warm)
 
 
-def cheap(name: str) -> Iterator[Row]:
-    """Cheap readings by LanczosProbe under AdamW, 20 steps apart; the first is cold and left out.
+def cheap_readings(name: str) -> Iterator[Row]:
+    """Cheap readings by LanczosProbe under AdamW, each 20 steps after the last; the first follows a full one.
 
     Batches of 64 at least: a reading takes a quarter, and never fewer than 16 samples.
     """
@@ -307,50 +307,48 @@ def cheap(name: str) -> Iterator[Row]:
     base = torch.optim.AdamW(p.model.parameters(), lr=p.lr)
     train(p, base, TRAINED)
     p.model.train(MODES[name] == "train")
+    model = p.model[0] if name == "GPT" else p.model  # as loops are written: its logits are flattened outside of it
+    shaped = p.model[1] if name == "GPT" else nn.Identity()
     criterion = nn.CrossEntropyLoss()
     quiet = LanczosProbe(overhead=0)
-    optimizer = AdaptiveOptimizer(base, p.model, loss_fn=criterion, probe=quiet, policy=ConstantPolicy("base"))
+    optimizer = AdaptiveOptimizer(base, model, loss_fn=criterion, probe=quiet, policy=ConstantPolicy("base"))
     memory, probe = ProbeMemory(torch.Generator().manual_seed(0)), LanczosProbe(overhead=0.05)
-    step = 0
-    while True:
-        for _ in range(BETWEEN):
+    params = list(model.parameters())
+    for step in itertools.count(0, BETWEEN):
+        times = []
+        for i in range(BETWEEN):
             x, y = p.draw()
-            began = time.perf_counter()
             optimizer.zero_grad()
-            criterion(p.model(x), y).backward()
-            g = time.perf_counter() - began
-            if _ < BETWEEN - 1:
+            began = time.perf_counter()
+            with sdpa_kernel(SDPBackend.MATH):
+                criterion(shaped(model(x)), y).backward()
+            times.append(time.perf_counter() - began)
+            if i < BETWEEN - 1:
                 base.step()
         control = optimizer.control
         objective = control.gate.context(control.modes[control.mode]).objective
         assert objective is not None
         began = time.perf_counter()
-        r = probe.measure(objective, base, p.model, memory, step, kind="cheap", layers=False)
+        r = probe.measure(objective, base, model, memory, step, kind="cheap" if step else "full", layers=False)
         seconds = time.perf_counter() - began
-        again = time.perf_counter()
-        params = list(p.model.parameters())
-        with sdpa_kernel(SDPBackend.MATH):
-            torch.autograd.grad(criterion(p.model(x), y), params)
-            g = min(g, time.perf_counter() - again)
-            H = objective.part(probe.fraction)
-            with (H[0] if H is not None else objective).replay() as evaluate:
-                operator = Hessian(evaluate(), params)
-                top_ = lanczos(operator, torch.randn(operator.gradient.numel()), 60, until=top(1e-5)).ritz_values[-1]
+        part = objective.part(probe.fraction)
+        with (objective if part is None else part[0]).replay() as evaluate:
+            H = Hessian(evaluate(), params)
+            truth = float(lanczos(H, torch.randn(H.gradient.numel()), 60, until=top(1e-5)).ritz_values[-1])
         base.step()
-        if memory.last_cheap >= 0:
+        if step:
             assert r.lambda_max is not None
-            error = abs(r.lambda_max / float(top_) - 1)
-            said = (r.lambda_max_error or 0.0) / r.lambda_max
-            yield {
-                "said": said,
-                "hvps": r.hvps,
-                "time": seconds / g,
-                "error": error,
-                "fraction": r.fraction,
-                "note": "; ".join(r.notes),
-            }
+            row = {"hvps": r.hvps, "time": seconds / statistics.median(times), "error": abs(r.lambda_max / truth - 1)}
+            yield {**row, "fraction": r.fraction, "said": (r.lambda_max_error or 0.0) / r.lambda_max}
         memory.last_cheap = step
-        step += BETWEEN
+
+
+def cheap(quick: bool) -> list[Row]:
+    rows = []
+    for name in tqdm(["MLP", "GPT"] if quick else list(MODES), desc="cheap readings", disable=not sys.stderr.isatty()):
+        for seed, reading in enumerate(itertools.islice(cheap_readings(name), 1 if quick else 9 if name == "MLP" else 5)):
+            rows.append({"model": name, "row": "cheap reading, warm", "seed": seed, **reading})
+    return rows
 
 
 def models(quick: bool) -> list[Row]:
@@ -403,9 +401,6 @@ def models(quick: bool) -> list[Row]:
                 H(v)
                 one = (time.perf_counter() - began) / min(before, gradient_seconds(c))
                 rows.append({"model": name, "n": c.n, "seed": seed, "row": "one HVP", "time": one})
-        readings = cheap(name)
-        for seed in range(times):
-            rows.append({"model": name, "n": c.n, "row": "cheap reading, warm", "seed": seed, **next(readings)})
         mine = {r["row"]: r["time"] for r in medians(rows, name) if "time" in r}
         print(f"{name}: n = {c.n}, lambda {lambda_min:.4g} to {lambda_max:.5g}", {k: round(v, 1) for k, v in mine.items()})
     return rows
@@ -441,7 +436,7 @@ def scaling(quick: bool) -> list[Row]:
 
 
 def point(name: str, kind: str, k: int) -> Row:
-    """Seconds a step and peak resident memory of one run of k steps; vectors: that peak without the graph, in n * 4 bytes."""
+    """Seconds a step, peak resident memory, and in vectors of n * 4 bytes what the allocator gave out beside the graph."""
     torch.manual_seed(0)
     if name == MINILM:
         model = MiniLM()
@@ -461,13 +456,11 @@ def point(name: str, kind: str, k: int) -> Row:
 
     params = [p for p in model.parameters() if p.requires_grad]
     n = sum(p.numel() for p in params)
+    method = two_pass_lanczos if kind == "two-pass" else lanczos
+    inside = 0.0
     with sdpa_kernel(SDPBackend.MATH):
         torch.autograd.grad(loss(), params, allow_unused=True)  # the libraries' own buffers
         H = Hessian(loss(), params)
-        working = product_bytes(H, n)
-        graph = resident()
-        start = torch.randn(n)
-        inside = 0.0
 
         def timed(v: Tensor) -> Tensor:
             nonlocal inside
@@ -476,38 +469,38 @@ def point(name: str, kind: str, k: int) -> Row:
             inside += time.perf_counter() - began
             return product
 
+        start = torch.randn(n)
+        method(timed, start, 2)  # the first touch of everything
+        inside = 0.0
         began = time.perf_counter()
-        (two_pass_lanczos if kind == "two-pass" else lanczos)(timed, start, k)
+        method(timed, start, k)
         seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        products = inside
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        vectors = peak_bytes(lambda: method(H, start, k)) / (4 * n) + 1  # the start vector
     return {
         "model": name if name == MINILM else "MLP",
         "n": n,
         "kind": kind,
         "steps": k,
         "seconds": seconds / k,
-        "products": inside / k,
+        "products": products / k,
         "peak": peak,
-        "graph": graph,
-        "vectors": (peak - graph) / (4 * n),
-        "beside": (peak - graph - working) / (4 * n),
+        "vectors": vectors,
     }
 
 
-def product_bytes(H: Hessian, n: int) -> int:
-    """What one product takes while it runs, beside its input and its result: autograd's own, part of the graph's price."""
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that the allocator had given out at once during `run`, beside what it had before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        H(torch.ones(n))
+        kept = run()
     live = high = 0
     for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             live += event.nbytes()
             high = max(high, live)
-    return max(high - 8 * n, 0)
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    del kept
+    return high
 
 
 # ---- tables and the figure ----------------------------------------------------------------------------------------------
@@ -545,7 +538,7 @@ def cell(r: Row | None) -> str:
 def model_table(rows: list[Row]) -> str:
     names = list(dict.fromkeys(r["model"] for r in rows))
     found = {name: {r["row"]: r for r in medians(rows, name)} for name in names}
-    sizes = {r["model"]: r["n"] for r in rows}
+    sizes = {r["model"]: r["n"] for r in rows if "n" in r}
     lines = ["| | " + " | ".join(f"{m}, n = {sizes[m]}" for m in names) + " | target |", "|---" * (len(names) + 2) + "|"]
     for label in dict.fromkeys(r["row"] for r in rows):
         cells = [cell(found[m].get(label)) for m in names]
@@ -569,11 +562,14 @@ def exponent(rows: list[Row]) -> float:
 
 
 def scaling_table(rows: list[Row]) -> str:
-    lines = ["| model | n | method | steps | ms a step | beside products | peak MiB | vectors (limit) |", "|---" * 8 + "|"]
+    lines = [
+        "| model | n | method | steps | ms a step | beside products | peak MiB | vectors beside the graph (limit) |",
+        "|---" * 8 + "|",
+    ]
     for r in rows:
         limit = 6 if r["kind"] == "two-pass" else r["steps"] + 4
         beside = 1 - r["products"] / r["seconds"]
-        text = f"{r['seconds'] * 1e3:.1f} | {beside:.0%} | {r['peak'] / 2**20:.0f} | {r['beside']:.1f} ({limit})"
+        text = f"{r['seconds'] * 1e3:.1f} | {beside:.0%} | {r['peak'] / 2**20:.0f} | {r['vectors']:.1f} ({limit})"
         lines.append(f"| {r['model']} | {r['n']:.3g} | {r['kind']} | {r['steps']} | {text} |")
     return "\n".join(lines)
 
@@ -617,7 +613,7 @@ def figure(data: dict[str, list[Row]], path: Path) -> None:
     for r in large:
         colour = "#0b6e4f" if r["kind"] == "full" else "#edae49"
         marker = "*" if r["model"] == MINILM else "o"
-        right.plot(r["steps"], r["beside"], marker, color=colour, alpha=0.8, ms=10 if marker == "*" else 6)
+        right.plot(r["steps"], r["vectors"], marker, color=colour, alpha=0.8, ms=10 if marker == "*" else 6)
     steps = np.array(sorted({r["steps"] for r in large}))
     right.plot(steps, steps + 4, "--", color="#0b6e4f", lw=1, label="limit, full: steps + 4")
     right.plot(steps, 0 * steps + 6, "--", color="#edae49", lw=1, label="limit, two-pass: 6")
@@ -630,7 +626,7 @@ def figure(data: dict[str, list[Row]], path: Path) -> None:
     drawn.savefig(path, dpi=120)
 
 
-SECTIONS = {"models": models, "scaling": scaling}
+SECTIONS = {"models": models, "cheap": cheap, "scaling": scaling}
 
 
 def main() -> None:
@@ -651,8 +647,10 @@ def main() -> None:
     for name in args.only:
         data[name] = SECTIONS[name](args.quick)
         args.out.write_text(json.dumps(data, indent=1) + "\n")
-        print(f"\n{model_table(data[name]) if name == 'models' else scaling_table(data[name])}", flush=True)
+    if "models" in data:
+        print(f"\n{model_table([*data['models'], *data.get('cheap', [])])}")
     if "scaling" in data:
+        print(f"\n{scaling_table(data['scaling'])}")
         print(f"\nSeconds a step grow as n^{exponent(data['scaling']):.2f}")
     if args.figure is not None and len(data) == len(SECTIONS):
         figure(data, args.figure)

@@ -164,7 +164,7 @@ def test_bases_stay_orthonormal_in_float32_at_twenty_thousand_parameters():
     assert (d * top - spectrum.ritz_values[-1] * top).norm() <= spectrum.residuals[-1] + 1e-5 * 1000
 
 
-def test_a_run_without_tolerance_waits_for_the_device_once():
+def test_a_run_without_tolerance_waits_for_the_device_once(as_on_a_device):
     a, v = symmetric(list(range(1, 31)), 0), start(30)
     with Transfers() as transfers, Scalars() as scalars:
         lanczos(lambda x: a @ x, v, 25)

@@ -269,7 +269,7 @@ def test_questions_end_two_passes_early_and_vectors_cost_a_second_pass():
 
 
 @pytest.mark.parametrize(("name", "count"), [("full", 1), ("two-pass", 1), ("block", 1)])
-def test_runs_without_a_question_wait_for_the_device_once(name, count):
+def test_runs_without_a_question_wait_for_the_device_once(name, count, as_on_a_device):
     a, v = symmetric(list(range(1, 31)), 0), start(30)
     with Transfers() as transfers, Scalars() as scalars:
         VARIANTS[name](lambda x: a @ x, v, 20)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.questions import Question, next_look
-from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm
+from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm, waits
 
 Matvec = Callable[[Tensor], Tensor]
+SETTLED = 4.0  # roundings of a unit vector: an overlap with the basis below is none
 (_stevd,) = get_lapack_funcs(("stevd",), dtype=np.float64)
 
 
@@ -87,7 +88,6 @@ def lanczos(
     basis = Basis(m + 1, start, dtype, device)  # the last row is room to work in
     steps = torch.zeros(3, m, dtype=accumulator(start), device=start.device)
     alpha, beta, defect = steps
-    waits = start.device.type != "cpu"
     look, before = next_look(0) if until is not None else m, None
     q = torch.div(start, norm(start).to(start.dtype), out=basis.room())
     for j in range(m):
@@ -99,27 +99,31 @@ def lanczos(
         del p
         if before is not None:
             w.addcmul_(before, beta[j - 1].to(w.dtype), value=-1)
-        defect[j] = orthogonalise(w, basis)
-        beta[j] = norm(w)
+        defect[j], beta[j] = orthogonalise(w, basis)
         before, q = q, w.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))  # 0 / 0 would make NaN
         if until is not None and j + 1 == look < m:
-            known = (steps[:, : j + 1].cpu() if waits else steps[:, : j + 1]).double().numpy()
+            known = steps[:, : j + 1].cpu().double().numpy()
             so_far = _spectrum(known, basis)
             excess = until(so_far)
             if so_far.exhausted or excess <= 1 or len(so_far.ritz_values) <= j:  # the last: no longer finite
                 break
-            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis))) if waits else j + 2
+            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis))) if waits(start) else j + 2
     else:
         so_far = _spectrum(steps.cpu().double().numpy(), basis)  # the one synchronisation
     basis.size = len(so_far.ritz_values)  # what follows an exhausted space is noise
     return so_far
 
 
-def orthogonalise(w: Tensor, basis: Basis) -> Tensor:
-    """Take the basis out of w, in place; returns the norm of what a symmetric operator would not have put there."""
+def orthogonalise(w: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Take the basis out of w, in place; returns the norm of what a symmetric operator would not have put there, and w's."""
     first = basis.dots(w)
-    basis.remove(basis.remove_then_dots(first, w), w)  # twice is enough (Parlett); once loses all orthogonality at n = 270k
-    return first.norm()
+    left = basis.remove_then_dots(first, w)
+    size = norm(w)
+    # twice is enough (Parlett), and often once: where looking is free, the second time is spared when nothing was left
+    if waits(w) or float(left.norm()) > SETTLED * torch.finfo(w.dtype).eps * float(size):
+        basis.remove(left, w)
+        size = norm(w)
+    return first.norm(), size
 
 
 def _spectrum(steps: np.ndarray, basis: Basis) -> Spectrum:

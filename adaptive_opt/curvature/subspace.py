@@ -19,7 +19,7 @@ def extend(basis: Basis, y: Tensor) -> tuple[Tensor, Tensor]:
     if basis.size:
         basis.remove(c, y)
     length = norm(y)
-    inside = length <= torch.finfo(y.dtype).eps * known
+    inside = length <= 4 * torch.finfo(y.dtype).eps * known  # the rounding of the subtraction
     spare = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(basis.size), dtype=y.dtype, device=y.device)
     spare.div_(norm(spare).to(y.dtype))
     q = torch.where(inside, spare, y.div_(length.to(y.dtype).clamp_min(tiny)), out=y)

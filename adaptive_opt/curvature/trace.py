@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -159,7 +158,10 @@ def _left_out(R: np.ndarray, W: np.ndarray, T: np.ndarray, H: np.ndarray, n: int
     k = len(R)
     triangle = R / (np.abs(np.diag(R)).max() or 1.0)
     np.fill_diagonal(triangle, np.maximum(np.diag(triangle), 1e-30))  # a missing rank: its direction in Q is as good as any
-    S = scipy.linalg.solve_triangular(triangle, np.eye(k), trans=1)
+    S = np.eye(k)
+    for a, row in enumerate(triangle.T):  # substitution; only directions matter, and several missing ranks would overflow
+        S[a] = (S[a] - row[:a] @ S[:a]) / row[a]
+        S /= np.maximum(np.abs(S[a]), 1)
     S /= np.linalg.norm(S, axis=0)
     C = S * (S * W).sum(0) - W
     length = n - (W**2).sum(0) + (S * W).sum(0) ** 2  # |u|^2

@@ -1,8 +1,8 @@
 """python scripts/bench_probe.py [--quick] [--only models cheap scaling] [--out FILE.json] [--figure FILE.png]
 
 What the curvature engine costs, beside PyHessian, hessian-eigenthings and curvlinops (`make bench-probe` installs them): the
-section "probe" of docs/evidence.md. Time is in gradients, forward and backward of the same batch, measured just before and
-after each run. Every row is a median over starts, one start a turn, the rows in turn.
+section "probe" of docs/evidence.md. Time is the process's own, on one thread, in gradients: forward and backward of the
+same batch, measured just before and after each run. Every row is a median over starts, one start a turn, the rows in turn.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe  # noqa: E402
-from adaptive_opt.curvature import Hessian, count_below, ends, lanczos, top, two_pass_lanczos  # noqa: E402
+from adaptive_opt.curvature import Hessian, count_below, ends, lanczos, scaled, top, two_pass_lanczos  # noqa: E402
 from adaptive_opt.memory import ProbeMemory  # noqa: E402
+from adaptive_opt.metric import metric  # noqa: E402
 
 Row = dict[str, Any]
 TRAINED, BETWEEN = 100, 20  # steps before anything is measured, and between a Ritz vector and the run that starts from it
@@ -269,14 +270,14 @@ class Case:
 
         def timed(v: Tensor) -> Tensor:
             nonlocal inside
-            began = time.perf_counter()
+            began = time.process_time()
             product = H(v)
-            inside += time.perf_counter() - began
+            inside += time.process_time() - began
             return product
 
-        began = time.perf_counter()
+        began = time.process_time()
         lanczos(timed, self.start(seed), 10)
-        return 1 - inside / (time.perf_counter() - began)
+        return 1 - inside / (time.process_time() - began)
 
 
 MODES = {"MLP": "eval", "GPT": "eval", "ResNet-20 (eval)": "eval", "ResNet-20 (batch statistics)": "train"}
@@ -319,27 +320,34 @@ def cheap_readings(name: str) -> Iterator[Row]:
         for i in range(BETWEEN):
             x, y = p.draw()
             optimizer.zero_grad()
-            began = time.perf_counter()
+            began = time.process_time()
             with sdpa_kernel(SDPBackend.MATH):
                 criterion(shaped(model(x)), y).backward()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
             if i < BETWEEN - 1:
                 base.step()
         control = optimizer.control
         objective = control.gate.context(control.modes[control.mode]).objective
         assert objective is not None
-        began = time.perf_counter()
+        began = time.process_time()
         r = probe.measure(objective, base, model, memory, step, kind="cheap" if step else "full", layers=False)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         part = objective.part(probe.fraction)
+        m = metric(base, {p: p.grad for p in params if p.grad is not None})
+        assert m is not None
         with (objective if part is None else part[0]).replay() as evaluate:
             H = Hessian(evaluate(), params)
-            truth = float(lanczos(H, torch.randn(H.gradient.numel()), 60, until=top(1e-5)).ritz_values[-1])
+            truth, stability = (
+                float(lanczos(A, torch.randn(H.gradient.numel()), 60, until=top(1e-4)).ritz_values[-1])
+                for A in (H, scaled(H, m.root))
+            )
         base.step()
         if step:
             assert r.lambda_max is not None
+            assert r.stability is not None
             row = {"hvps": r.hvps, "time": seconds / statistics.median(times), "error": abs(r.lambda_max / truth - 1)}
-            yield {**row, "fraction": r.fraction, "said": (r.lambda_max_error or 0.0) / r.lambda_max}
+            said = {"fraction": r.fraction, "said": (r.lambda_max_error or 0.0) / r.lambda_max}
+            yield {**row, **said, "of_stability": abs(r.stability * m.limit / stability - 1)}
         memory.last_cheap = step
 
 
@@ -378,14 +386,14 @@ def models(quick: bool) -> list[Row]:
                     if label in broken or (label.startswith("curvlinops") and seed >= (3 if name == "MLP" else 1)):
                         continue  # it is slow and its start is the only thing that would change
                     before = gradient_seconds(c)
-                    began = time.perf_counter()
+                    began = time.process_time()
                     try:
                         hvps, value, more = run(seed)
                     except Exception as error:
                         broken[label] = f"{type(error).__name__}: {error}"[:160]
                         rows.append({"model": name, "n": c.n, "row": label, "fails": broken[label]})
                         continue
-                    seconds = time.perf_counter() - began
+                    seconds = time.process_time() - began
                     g = min(before, gradient_seconds(c))  # what else runs here only adds
                     row = {"model": name, "n": c.n, "row": label, "seed": seed, "hvps": hvps}
                     row |= {"time": seconds / g, "error": abs(value - lambda_max) / abs(lambda_max), **more}
@@ -397,9 +405,9 @@ def models(quick: bool) -> list[Row]:
                 before = gradient_seconds(c)
                 H = Hessian(c.loss(), c.params)
                 v = c.start(seed)
-                began = time.perf_counter()
+                began = time.process_time()
                 H(v)
-                one = (time.perf_counter() - began) / min(before, gradient_seconds(c))
+                one = (time.process_time() - began) / min(before, gradient_seconds(c))
                 rows.append({"model": name, "n": c.n, "seed": seed, "row": "one HVP", "time": one})
         mine = {r["row"]: r["time"] for r in medians(rows, name) if "time" in r}
         print(f"{name}: n = {c.n}, lambda {lambda_min:.4g} to {lambda_max:.5g}", {k: round(v, 1) for k, v in mine.items()})
@@ -409,9 +417,9 @@ def models(quick: bool) -> list[Row]:
 def gradient_seconds(c: Case) -> float:
     times = []
     for _ in range(20 if c.n < 10_000 else 2):
-        began = time.perf_counter()
+        began = time.process_time()
         c.gradient()
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return statistics.median(times)
 
 
@@ -464,17 +472,17 @@ def point(name: str, kind: str, k: int) -> Row:
 
         def timed(v: Tensor) -> Tensor:
             nonlocal inside
-            began = time.perf_counter()
+            began = time.process_time()
             product = H(v)
-            inside += time.perf_counter() - began
+            inside += time.process_time() - began
             return product
 
         start = torch.randn(n)
         method(timed, start, 2)  # the first touch of everything
         inside = 0.0
-        began = time.perf_counter()
+        began = time.process_time()
         method(timed, start, k)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         products = inside
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         vectors = peak_bytes(lambda: method(H, start, k)) / (4 * n) + 1  # the start vector
@@ -519,7 +527,7 @@ def medians(rows: list[Row], model: str) -> list[Row]:
     found = []
     for label in dict.fromkeys(r["row"] for r in rows if r["model"] == model):
         these = [r for r in rows if r["model"] == model and r["row"] == label and "fails" not in r]
-        keys = [k for k in ("hvps", "time", "error", "missed", "share", "delta") if these and k in these[0]]
+        keys = [k for k in ("hvps", "time", "error", "missed", "share", "delta", "of_stability") if these and k in these[0]]
         found.append({"row": label, **{k: statistics.median(r[k] for r in these) for k in keys}})
     return found
 
@@ -532,6 +540,8 @@ def cell(r: Row | None) -> str:
     text = (f"{r['hvps']:.0f} / " if "hvps" in r else "") + f"{r['time']:.1f} g"
     if "lambda_min" in r["row"] and "missed" in r:
         return text + f" / {r['missed']:.2f}"
+    if "of_stability" in r:
+        return text + f" / {r['error']:.0%}, stability {r['of_stability']:.0%}"
     return text + (f" / {r['error']:.0e}" if "error" in r else "")
 
 

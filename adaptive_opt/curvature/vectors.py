@@ -49,9 +49,11 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 def norm(x: Tensor, total: Total | None = None) -> Tensor:
     """Euclidean norm, accumulated wide, left on the device."""
-    if total is not None or not waits(x):  # vector_norm widens one entry at a time on the CPU, which takes three times as long
-        return dot(x, x, total).sqrt()
-    return torch.linalg.vector_norm(x, dtype=accumulator(x))
+    if waits(x):
+        size = torch.linalg.vector_norm(x, dtype=accumulator(x))
+        return size if total is None else total(size * size).sqrt()
+    square = dot(x, x)  # vector_norm widens one entry at a time there, which takes three times as long
+    return (square if total is None else total(square)).sqrt()
 
 
 def entries(x: Tensor, total: Total | None = None) -> int:

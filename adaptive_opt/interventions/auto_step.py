@@ -45,8 +45,8 @@ class AutoStep(Damp):
         """The base whose steps it is for. Raises ValueError where their stability limit is not known."""
         if RULES.get(family(base) or "") is None:
             raise ValueError(
-                f"AdaptiveOptimizer(base={type(base).__name__}(...), step_size='auto'): the stability limit of its steps is not "
-                f"known, so there is nothing to take a learning rate from; known are {', '.join(sorted(RULES))}"
+                f"AdaptiveOptimizer(base={type(base).__name__}(...), step_size='auto'): the stability limit of its steps is "
+                f"not known, so there is nothing to take a learning rate from; known are {', '.join(sorted(RULES))}"
             )
         self.fraction = fraction_of_limit(base)
         self.beta = max((float(g.get("momentum") or 0.0) for g in base.param_groups), default=0.0)  # Adam corrects for its own

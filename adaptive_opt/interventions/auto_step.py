@@ -29,8 +29,6 @@ class AutoStep(Damp):
     bounds: the least and the largest effective learning rate.
     """
 
-    watched = False  # its readings are the schedule's own
-
     def __init__(self, hold: float = 0.5, rule: str = "both", bounds: tuple[float, float] = (0.0, math.inf)):
         super().__init__(hold=hold, rule=rule)
         if not 0 <= bounds[0] < bounds[1]:
@@ -54,6 +52,10 @@ class AutoStep(Damp):
     @property
     def engaged(self) -> bool:
         return True  # never lets go
+
+    @property
+    def watched(self) -> bool:
+        return False  # its readings are the schedule's own
 
     def apply(self, patient: Patient) -> Applied | None:
         return None  # what UNSTABLE asks for is done at every reading

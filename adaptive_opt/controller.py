@@ -100,6 +100,8 @@ class Controller:
         """Everything that happens between the gradients and the next batch."""
         events: list[Event] = []
         ctx = self.gate.context(self.modes[self.mode], closure, ambient)
+        if self.damp is not None:
+            self.damp.see(max(float(group["lr"]) for group in self.base.param_groups))
         trend = self._trend(ctx, loss, events)
         sick = not trend.finite or trend.spike  # this batch proves nothing
         taken_back = not sick and self._verdict(ctx, trend, events)  # then its gradients belong to where we are no more
@@ -166,6 +168,11 @@ class Controller:
     def lr_scale(self) -> float:
         """What the effective learning rate is of the user's."""
         return math.prod(getattr(i, "scale", 1.0) for i in self.interventions.values())
+
+    @property
+    def _watchful(self) -> bool:
+        """Something holds the step short and has to be followed closely."""
+        return any(getattr(i, "watched", getattr(i, "scale", 1.0) < 1) for i in self.interventions.values())
 
     @property
     def damp(self) -> Damp | None:
@@ -244,7 +251,7 @@ class Controller:
         if ctx.objective is None:
             return None
         cheap, full = ctx.costs or self._costs(ctx.objective)
-        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self.lr_scale < 1, alarm=self.alarm)
+        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self._watchful, alarm=self.alarm)
         self.alarm = False
         stale = kind == "full" or self.gate.trusted is None or self.steps - self.last_trust >= TRUST_READING
         if kind is None or (stale and not self._trust(ctx, events)):
@@ -320,9 +327,10 @@ class Controller:
             self.kappas = [*self.kappas[-2:], reading.kappa_effective]
         if self.first_layers is None:
             self.first_layers = reading.layers
-        if self.damp is not None and self.damp.follow(reading):
-            seen = f"the user's step is at {reading.stability:.3g} of its stability limit again"
-            events.append(Event(self.steps, "damp", seen, "let the learning rate return", "done"))
+        done = None if self.damp is None else self.damp.follow(reading)
+        if done is not None:
+            seen = f"the user's step is at {reading.stability:.3g} of its stability limit"
+            events.append(Event(self.steps, "damp", seen, done, "done"))
             if self.trial is not None and self.trial.name == "damp":
                 self.trial = None
 

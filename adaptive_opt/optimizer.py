@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from adaptive_opt.capture import Ambient, Capture, device_of, original
 from adaptive_opt.controller import Controller
-from adaptive_opt.interventions import INTERVENTIONS
+from adaptive_opt.interventions import INTERVENTIONS, AutoStep
 from adaptive_opt.modes import MODES, Mode, all_params
 from adaptive_opt.notice import warn
 from adaptive_opt.parallel import JoinedStep, check_join
@@ -37,7 +37,8 @@ class AdaptiveOptimizer(Optimizer):
     calls; without it the model's own `output.loss` is used (Hugging Face). objective: instead, a callable that returns the
     loss of the present batch and does no backward (PINNs, several losses). Without any of them the closure given to
     `step` is replayed. probe: what is measured and when. policy: what is done about it. modes, interventions: by name, in
-    place of the defaults. step_size: "user" is the only one so far: the user's learning rate, damped when it is unstable.
+    place of the defaults. step_size: "user", your learning rate, damped when it is unstable; "auto" (or an AutoStep with
+    bounds), a learning rate from curvature, to which yours and its schedule give only the shape over time.
     validate: a callable that returns a validation loss; SAM is tried only if it is given. sinks: called with every
     StepReport; without any, what is treated is logged as warnings of the logger "adaptive_opt".
 
@@ -55,7 +56,7 @@ class AdaptiveOptimizer(Optimizer):
         policy: Policy | None = None,
         modes: Mapping[str, Mode] | None = None,
         interventions: Mapping[str, Any] | None = None,
-        step_size: str = "user",
+        step_size: str | AutoStep = "user",
         validate: Callable[[], float] | None = None,
         sinks: Iterable[Sink] = (),
     ):
@@ -65,11 +66,14 @@ class AdaptiveOptimizer(Optimizer):
         modes = {name: make() for name, make in MODES.items()} if modes is None else dict(modes)
         interventions = {name: make() for name, make in INTERVENTIONS.items()} if interventions is None else dict(interventions)
         _check(base, model, loss_fn, objective, policy, modes, interventions, step_size)
+        probe = LanczosProbe() if probe is None else probe
+        if step_size != "user":
+            interventions["damp"] = _automatic(step_size, base, probe)
         self._link(base)
         super().__init__([{"params": base.param_groups[0]["params"]}], base.defaults)
         self._link(base)  # __init__ made groups of its own
         self.sinks: list[Sink] = list(sinks)
-        self.control = Controller(base, LanczosProbe() if probe is None else probe, policy, modes, interventions, validate)
+        self.control = Controller(base, probe, policy, modes, interventions, validate)
         self._beginning = self.control.state_dict()
         self._said: set[str] = set()
         self._report: StepReport | None = None
@@ -346,9 +350,20 @@ def _check(
         raise ValueError(f"AdaptiveOptimizer(policy={policy!r}): mode {wanted!r} is not one of {', '.join(map(repr, modes))}")
     if (why := modes[wanted].refuses(base)) is not None:
         raise ValueError(f"AdaptiveOptimizer(base={type(base).__name__}(...), policy={policy!r}): {why}")
-    if step_size != "user":
-        raise ValueError(f"AdaptiveOptimizer(step_size={step_size!r}): 'user' is the only one so far")
+    if step_size not in ("user", "auto") and not isinstance(step_size, AutoStep):
+        raise ValueError(f"AdaptiveOptimizer(step_size={step_size!r}): 'user', 'auto', or AutoStep(bounds=(least, largest))")
     _check_sources(base, model, loss_fn, objective)
+
+
+def _automatic(step_size: str | AutoStep, base: Optimizer, probe: LanczosProbe) -> AutoStep:
+    if probe.idle:
+        raise ValueError(
+            f"AdaptiveOptimizer(step_size={step_size!r}, probe={probe!r}): this probe never measures by itself, and "
+            "the learning rate comes from what it measures; LanczosProbe(overhead=0.05) does"
+        )
+    auto = AutoStep() if isinstance(step_size, str) else step_size
+    auto.choose(base)
+    return auto
 
 
 def _check_sources(base: Optimizer, model: Any, loss_fn: Any, objective: Any) -> None:

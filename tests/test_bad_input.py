@@ -46,7 +46,11 @@ CASES = {
         lambda: AdaptiveOptimizer(sgd(), modes={"b": BaseStep()}),
     ),
     "unknown mode": (ValueError, "'adagrad' is not one of", lambda: AdaptiveOptimizer(sgd(), policy=WithMode())),
-    "step size": (ValueError, r"step_size='auto'\): 'user' is", lambda: AdaptiveOptimizer(sgd(), step_size="auto")),
+    "step size": (
+        ValueError,
+        r"step_size='automatic'\): 'user', 'auto', or",
+        lambda: AdaptiveOptimizer(sgd(), step_size="automatic"),
+    ),
     "model": (TypeError, r"model=function\): a torch.nn.Module", lambda: AdaptiveOptimizer(sgd(), lambda x: x)),
     "loss function": (
         TypeError,

@@ -1,5 +1,6 @@
 """Interventions: done once, each with its own way back. One file an intervention."""
 
+from adaptive_opt.interventions.auto_step import AutoStep
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot
 from adaptive_opt.interventions.damp import Damp
 from adaptive_opt.interventions.escape import Escape
@@ -12,6 +13,7 @@ INTERVENTIONS = {"damp": Damp, "rollback": Rollback, "escape": Escape, "spectral
 __all__ = [
     "INTERVENTIONS",
     "Applied",
+    "AutoStep",
     "Damp",
     "Escape",
     "Patient",

@@ -29,6 +29,11 @@ class Damp:
 
     name = "damp"
 
+    @property
+    def watched(self) -> bool:
+        """While it holds the step short, the whole budget of the readings goes into following it."""
+        return self.scale < 1
+
     def __init__(self, hold: float = 0.5, rule: str = "both", trial: int = 50, calm: int = 30):
         if not 0 < hold <= 1 or trial < 1 or calm < 0 or rule not in ("step", "limit", "both"):
             raise ValueError(
@@ -56,15 +61,18 @@ class Damp:
             return None
         r = max(readings, key=lambda r: r.overshoot or 0.0)  # the one that shows it
         self.since, self.readings, self.halved = patient.trend.step, 1, 0
-        self.fraction = _fraction(patient.ctx.base)
+        self.fraction = fraction_of_limit(patient.ctx.base)
         self.stability, self.overshoot = _log(r.stability or 0.0), _log(r.overshoot or 0.0)
         self._hold()
         return Applied(f"holding the learning rate at {self.scale:.3g} of the user's", trial=self.trial)
 
-    def follow(self, reading: Reading) -> bool:
-        """A new reading while engaged; returns True when it lets go."""
+    def see(self, lr: float) -> None:
+        """The learning rate that the user's schedule gives this step; what is held here is a share of it."""
+
+    def follow(self, reading: Reading) -> str | None:
+        """A new reading while engaged; returns what was done if that is worth a word: it let go."""
         if self.since is None or reading.stability is None or reading.step == self.since:
-            return False
+            return None
         self.readings += 1
         weight = 1.0 if self.moved else 0.5
         self.stability += weight * (_log(reading.stability) - self.stability)
@@ -74,9 +82,9 @@ class Damp:
         calm = self.overshoot <= 0 and reading.stability <= LET_GO
         if calm and self.readings > 3 and reading.step - self.since >= self.calm:
             self.since, self.halved = None, 0
-            return True
+            return "let the learning rate return"
         self._hold()
-        return False
+        return None
 
     def good_step(self) -> None:
         """A step went well: a learning rate that was let go of returns by 2 % a step; at once, it would be a jolt."""
@@ -104,7 +112,7 @@ class Damp:
             setattr(self, k, state[k])
 
 
-def _fraction(base: Optimizer) -> float:
+def fraction_of_limit(base: Optimizer) -> float:
     """Momentum carries the noise of many batches; without it the step may go closer to the limit, RMSprop's up to it."""
     if any("betas" in group or group.get("momentum") for group in base.param_groups):
         return MOMENTUM

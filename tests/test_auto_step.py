@@ -1,0 +1,133 @@
+"""step_size="auto": the learning rate comes from curvature, the user's and its schedule give only the shape."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
+from adaptive_opt.interventions import AutoStep
+
+
+class Bowl(nn.Module):
+    """w'Aw / 2 with eigenvalues up to 4: gradient descent is stable below a learning rate of 2 / 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
+        self.a = torch.tensor([4.0, 1.0, 0.5], dtype=torch.float64)
+
+    def loss(self):
+        return (self.a * self.w**2).sum() / 2
+
+
+def run(lr, steps=40, base=SGD, shape=None, step_size="auto", every=10, **kwargs):
+    model = Bowl()
+    opt = AdaptiveOptimizer(
+        base([model.w], lr=lr),
+        objective=model.loss,
+        probe=LanczosProbe(every=every),
+        policy=ConstantPolicy("base"),
+        step_size=step_size,
+        **kwargs,
+    )
+    schedule = None if shape is None else LambdaLR(opt, shape)
+    effective, reports = [], []
+    for _ in range(steps):
+        opt.zero_grad()
+        model.loss().backward()
+        opt.step()
+        reports.append(opt.report)
+        effective.append(opt.report.lr * opt.report.lr_scale)
+        if schedule is not None:
+            schedule.step()
+    return model, effective, reports, opt
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_the_users_learning_rate_does_not_matter(base):
+    runs = [run(lr, base=base) for lr in (1e-6, 1e-2, 1e4)]
+    for model, effective, _, _ in runs[1:]:
+        assert torch.allclose(model.w, runs[0][0].w, rtol=1e-6, atol=1e-9)
+        assert effective == pytest.approx(runs[0][1], rel=1e-5)
+
+
+def test_on_a_quadratic_the_step_stays_near_its_limit_and_descends():
+    """Where the sharpest direction is spent the step may go beyond its limit, until the next reading sees it again."""
+    model, effective, _, _ = run(1e3)
+    assert 0.1 * 2 / 4 < min(effective) < max(effective) < 2 * 2 / 4
+    assert model.loss() < 1e-2 * Bowl().loss()
+
+
+def test_an_empty_momentum_is_reckoned_as_full():
+    """Heavy ball's first step is a tenth of what the same gradient makes of it by and by."""
+    plain, heavy = (run(1.0, steps=1, base=lambda p, lr, m=m: SGD(p, lr, momentum=m))[3] for m in (0.0, 0.9))
+    seen = [opt.control.interventions["damp"] for opt in (plain, heavy)]
+    assert seen[1].overshoot - seen[0].overshoot == pytest.approx(math.log(10))
+
+
+def test_the_schedule_gives_the_shape():
+    constant = run(1.0, every=1000)[1]
+    halved = run(1.0, shape=lambda t: 1.0 if t < 20 else 0.5, every=1000)[1]
+    assert halved[:20] == pytest.approx(constant[:20])
+    assert halved[20:] == pytest.approx([x / 2 for x in constant[20:]])
+
+
+def test_a_warm_up_comes_of_itself():
+    """While a schedule rises, its present value is its maximum so far."""
+    assert run(1.0, shape=lambda t: (t + 1) / 40, every=1000)[1] == pytest.approx(run(1.0, every=1000)[1])
+
+
+def test_a_reading_in_the_middle_of_a_decay_counts_for_the_whole_schedule():
+    _, effective, _, opt = run(1.0, steps=12, shape=lambda t: 0.5**t, every=5)
+    auto = opt.control.interventions["damp"]
+    assert effective[-1] == pytest.approx(auto.wanted * 0.5**11)
+    assert effective[0] / 2 < auto.wanted < effective[0] * 2  # a quadratic's curvature stays; the schedule has fallen to 1/1024
+
+
+def test_bounds_hold():
+    assert max(run(1.0, step_size=AutoStep(bounds=(0.0, 0.01)))[1]) == pytest.approx(0.01)
+    assert min(run(1.0, step_size=AutoStep(bounds=(0.3, 0.4)))[1]) == pytest.approx(0.3)
+
+
+def test_it_is_said_once_and_the_users_groups_keep_their_values():
+    _, _, reports, opt = run(0.7)
+    said = [e.sentence() for r in reports for e in r.events if e.name == "damp"]
+    assert len(said) == 1
+    assert "0.7 gives only the shape" in said[0]
+    assert opt.param_groups[0]["lr"] == 0.7
+
+
+def test_a_run_goes_on_bit_for_bit_from_its_checkpoint():
+    whole = run(1.0, steps=30, every=7)[0].w
+    model, _, _, opt = run(1.0, steps=15, every=7)
+    state = copy.deepcopy(opt.state_dict())
+    again = Bowl()
+    again.load_state_dict(model.state_dict())
+    fresh = AdaptiveOptimizer(
+        SGD([again.w], lr=1.0),
+        objective=again.loss,
+        probe=LanczosProbe(every=7),
+        policy=ConstantPolicy("base"),
+        step_size="auto",
+    )
+    fresh.load_state_dict(state)
+    for _ in range(15):
+        fresh.zero_grad()
+        again.loss().backward()
+        fresh.step()
+    assert torch.equal(again.w, whole)
+
+
+def test_what_cannot_give_a_learning_rate_is_refused():
+    model = Bowl()
+    with pytest.raises(ValueError, match="never measures by itself"):
+        AdaptiveOptimizer(SGD([model.w], lr=1.0), objective=model.loss, probe=LanczosProbe(overhead=0), step_size="auto")
+    with pytest.raises(ValueError, match="stability limit of its steps is not known"):
+        AdaptiveOptimizer(torch.optim.Rprop([model.w]), objective=model.loss, step_size="auto")
+    with pytest.raises(ValueError, match="the least learning rate, then a larger one"):
+        AutoStep(bounds=(1.0, 0.1))

@@ -17,7 +17,7 @@ from adaptive_opt.controller import Controller
 from adaptive_opt.interventions import INTERVENTIONS
 from adaptive_opt.modes import MODES, Mode, all_params
 from adaptive_opt.notice import warn
-from adaptive_opt.parallel import JoinedStep, check_join
+from adaptive_opt.parallel import JoinedStep, check_join, world
 from adaptive_opt.policy import Policy, RulePolicy
 from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Reading, StepReport
@@ -137,6 +137,11 @@ class AdaptiveOptimizer(Optimizer):
     def _looked_at_step(self, closure: Callable[[], Any] | None, ambient: Ambient | None, loss: Any) -> None:
         if (why := self.control.gate.without_replay(closure is not None)) is not None:
             self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
+        if self._capture is None and world() > 1:
+            self._say(
+                f"adaptive_opt was given no model and there are {world()} processes: what is decided here is not shared with "
+                "the others; give AdaptiveOptimizer(base, model) if they train one model"
+            )
         if self.control.team.size > 1 and self._capture is not None:
             check_join(self._capture.ddp, self)
         self._report = report = self.control.step(closure, ambient, loss)

@@ -187,8 +187,9 @@ def operator_of(
 
 def team_of(model: nn.Module) -> Team:
     """The processes between which this module's gradients are averaged: by DistributedDataParallel, or by FSDP2."""
-    if isinstance(model, DistributedDataParallel):
-        return Team(model.process_group, next(p.device for p in model.parameters()))
+    ddp = ddp_in(model)
+    if ddp is not None:
+        return Team(ddp.process_group, next(p.device for p in ddp.parameters()))
     sharded: Any = next((p for p in model.parameters() if is_sharded(p)), None)
     if sharded is None:
         return ALONE
@@ -207,6 +208,21 @@ def without_ddp(ddp: DistributedDataParallel | None) -> Iterator[None]:
         yield
     finally:
         del ddp.forward
+
+
+def ddp_in(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that this module is, or that torch.compile made it of."""
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None:
+            return None
+        model = inner
+    return model
+
+
+def world() -> int:
+    """How many processes there are, whatever they do."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def active_ddp() -> DistributedDataParallel | None:

@@ -61,7 +61,9 @@ class Run:
             "closure": {},
         }[source]
         kwargs = {"probe": LanczosProbe(every=4, num_steps=5), "sinks": [self.reports.append], **kwargs}
-        model = self.ddp if given == "outer" else problem.model
+        if given == "compiled":
+            self.ddp = torch.compile(self.ddp, backend="eager")
+        model = problem.model if given == "inner" else self.ddp
         self.optimizer = inner if bare else AdaptiveOptimizer(inner, model, **sources, **kwargs)
         torch.manual_seed(1 + dist.get_rank() if several() else 1)
 
@@ -181,6 +183,33 @@ def test_the_model_inside_of_the_wrapper_may_be_given(two, find_unused):
     """Frameworks make the optimizer first and wrap the model later: the wrapper is met in its forward pass."""
     kwargs = {"given": "inner", "find_unused": find_unused}
     same_run(run("mlp", "adamw", 9), two.run(run_with, "mlp", "adamw", 9, kwargs))
+
+
+def test_a_compiled_wrapper_is_unwrapped(two):
+    same_run(run("mlp", "adamw", 9), two.run(run_with, "mlp", "adamw", 9, {"given": "compiled"}))
+
+
+def averaged_by_hand(given):
+    """Gradients that something else averages cannot be known; that is said, and nothing is replayed."""
+    problem = make("mlp", 2)
+    base = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    sources = {"model": problem.model, "loss_fn": problem.criterion} if given else {}
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        optimizer = AdaptiveOptimizer(base, **sources, probe=LanczosProbe(every=1), sinks=[lambda r: None])
+        x, y = problem.batches[0]
+        problem.criterion(problem.model(mine(x)), mine(y)).backward()
+        for p in problem.model.parameters():
+            dist.all_reduce(p.grad)
+        optimizer.step()
+    return [str(w.message) for w in heard]
+
+
+def test_what_cannot_be_known_of_other_processes_is_said(two):
+    for words in two.run(averaged_by_hand, True):
+        assert any("averaged over processes by something else" in w for w in words), words
+    for words in two.run(averaged_by_hand, False):
+        assert any("no model and there are 2 processes" in w for w in words), words
 
 
 def sick(lr):

@@ -114,9 +114,8 @@ class Capture:
         self.problem: str | None = None  # why the latest loss could not be captured
         self.unreplayable = refusal(self.model)  # for good
         self.team, self.ddp = team_of(model), ddp_in(model)
-        inside = (
-            model.module if isinstance(model, DistributedDataParallel) else model
-        )  # what it is given there is on the right device
+        # what it is given there is on the right device
+        inside = model.module if isinstance(model, DistributedDataParallel) else model
         self.handles = [
             inside.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model),

@@ -1,8 +1,8 @@
 """FSDP2: parameters of which each process holds a shard (DTensor), and the whole ones that a replay lends the modules.
 
-A second derivative through FSDP2's own hooks is not to be had everywhere: the leaves of its graph are tensors that exist only
-between two of its hooks, and its post-backward hook wants their `.grad`. So the hooks are off inside of a replay, and the
-modules hold whole parameters: what is measured there is the plain model.
+Through FSDP2's own hooks there is no second derivative: the first backward pass frees the storage that the second one needs
+(docs/design.md, "Several processes"). So the hooks are off inside of a replay, and the modules hold whole parameters: what is
+measured there is the plain model.
 """
 
 from __future__ import annotations

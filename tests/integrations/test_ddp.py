@@ -438,3 +438,71 @@ def test_a_rank_that_dies_is_an_error_on_the_others(how):
     assert not ok
     assert (other, silence) == (False, "")
     assert "Error" in words if how is dies else "ProcessLost: process 0 of 2 could not reach the others" in words
+
+
+def saddle(treatment, batches=60):
+    """Two tiny linear layers beside each other's zero: the gradient all but vanishes, and the way out is curved downwards."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    with torch.no_grad():
+        for p in whole.parameters():
+            p.mul_(1e-3)
+    x = torch.randn(32, 6)
+    y = x @ torch.randn(6, 6)
+    model, criterion, reports = DistributedDataParallel(whole) if several() else whole, nn.MSELoss(), []
+    base = torch.optim.SGD(whole.parameters(), lr=1e-3)
+    probe = LanczosProbe(overhead=1.0, price=1.0)
+    policy = ConstantPolicy("base", (treatment,))
+    optimizer = AdaptiveOptimizer(base, model, loss_fn=criterion, probe=probe, policy=policy, sinks=[reports.append])
+    for _ in range(batches):
+        optimizer.zero_grad()
+        criterion(model(mine(x)), mine(y)).backward()
+        optimizer.step()
+    words = [e.sentence() for r in reports for e in r.events]
+    return words, [(e.step, e.name, e.outcome) for r in reports for e in r.events], reports[-1].loss, [*whole.parameters()]
+
+
+def detached_saddle(treatment):
+    words, events, loss, params = saddle(treatment)
+    return words, events, loss, [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("treatment", ["escape", "spectral"])
+def test_treatments_are_measured_on_everyones_batch(two, treatment):
+    _, events, loss, _ = saddle(treatment)
+    (words, mine_, loss_a, a), (others, _, loss_b, b) = two.run(detached_saddle, treatment)
+    assert {name for _, name, _ in events} == {treatment}
+    assert words == others
+    assert mine_ == events
+    assert loss_a == loss_b == pytest.approx(loss, rel=1e-3)
+    assert all(map(torch.equal, a, b))
+
+
+def validated(everywhere):
+    rank = dist.get_rank()
+    judge = (lambda: float(rank)) if everywhere or rank == 0 else None
+    control = Run("mlp", "sgd", 2, validate=judge).train().optimizer.control
+    return control._validation(), control._history().can_validate
+
+
+def test_validation_losses_are_averaged_and_asked_for_only_where_all_have_one(two):
+    assert two.run(validated, True) == [(0.5, True)] * 2
+    assert two.run(validated, False) == [(None, False)] * 2
+
+
+def scaled():
+    """fp16's gradient scaler: the loss is scaled on every rank, and a replay undoes it on every rank."""
+    state = Run("mlp", "sgd", 6, probe=LanczosProbe(every=2, num_steps=3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for batch in state.problem.batches:
+        state.batch = batch
+        state.optimizer.zero_grad()
+        scaler.scale(state.loss()).backward()
+        scaler.step(state.optimizer)
+        scaler.update()
+    return state.outcome()
+
+
+def test_a_gradient_scaler(two):
+    one = run("mlp", "sgd", 6, probe=LanczosProbe(every=2, num_steps=3))
+    same_run(one, two.run(scaled))

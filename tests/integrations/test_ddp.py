@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy
+from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy, checkup
 
 
 @pytest.fixture(scope="module")
@@ -488,6 +488,22 @@ def validated(everywhere):
 def test_validation_losses_are_averaged_and_asked_for_only_where_all_have_one(two):
     assert two.run(validated, True) == [(0.5, True)] * 2
     assert two.run(validated, False) == [(None, False)] * 2
+
+
+def checked():
+    """Each on its own batch, in the midst of training: the wrapper's reducer hears nothing of it."""
+    state = Run("mlp", "sgd", 3)
+    batch = tuple(map(mine, state.problem.batches[0]))
+    readings = [checkup(state.ddp, state.problem.criterion, batch, num_steps=4) for _ in range(2)]
+    assert readings[0].lambda_max == readings[1].lambda_max
+    state.train()
+    return readings[0].lambda_max, readings[0].batch_size
+
+
+def test_a_checkup_is_each_processes_own(two):
+    (first, size), (second, _) = two.run(checked)
+    assert size == 16
+    assert first != second
 
 
 def scaled():

@@ -21,6 +21,7 @@ from adaptive_opt.parallel import JoinedStep, check_join, world
 from adaptive_opt.policy import Policy, RulePolicy
 from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Reading, StepReport
+from adaptive_opt.sharded import first_fsdp
 
 LOG = logging.getLogger("adaptive_opt")
 GLOBAL_STEP_HOOKS: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
@@ -369,6 +370,11 @@ def _check_sources(base: Optimizer, model: Any, loss_fn: Any, objective: Any) ->
         raise ValueError("AdaptiveOptimizer(loss_fn=..., model=None): the model is needed too, its input is what is replayed")
     if objective is not None and not callable(objective):
         raise TypeError(f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor")
+    if model is not None and (old := first_fsdp(model)) is not None:
+        raise ValueError(
+            f"AdaptiveOptimizer(model={old}(...)): its flat shards are nobody's parameters; shard the model by "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     if model is not None:
         inside = {id(p) for m in (model, loss_fn) if m is not None for p in m.parameters()}
         params = all_params(base)

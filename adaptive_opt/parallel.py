@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -51,7 +52,7 @@ class Team:
         if self.size == 1:
             return list(compute())
         sizes = [t.numel() for t in like]
-        dtype = torch.promote_types(like[0].dtype, torch.float32)
+        dtype = reduce(torch.promote_types, (t.dtype for t in like), torch.float32)
         buffer = torch.zeros(sum(sizes) + 1, dtype=dtype, device=like[0].device)  # the last entry counts failures
         failure: Exception | None = None
         try:

@@ -37,7 +37,9 @@ ROOMS = {  # room -> what it may import of ours, besides itself
         "capture", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice", "objective",
         "parallel", "policy", "probe", "records", "sharded", "signals", "verify",
     },
-    "optimizer": {"capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records"},
+    "optimizer": {
+        "capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records", "sharded",
+    },
     "checkup": {"capture", "memory", "objective", "probe", "records"},
     "commands": {"checkup", "curvature", "dashboard", "page", "report", "telemetry", "verdict"},
     "report": {"dashboard", "records", "telemetry"},

@@ -47,9 +47,9 @@ class Run:
     """One training run: of a process on its own with whole batches, or of this rank with its share of them."""
 
     def __init__(
-        self, name, base, batches, *, lr=1.0, given="outer", source="capture", bare=False, find_unused=False, **kwargs
+        self, name, base, batches, *, lr=1.0, given="outer", source="capture", bare=False, find_unused=False, batch=32, **kwargs
     ):
-        self.problem = problem = make(name, batches)
+        self.problem = problem = make(name, batches, batch=batch)
         self.ddp = DistributedDataParallel(problem.model, find_unused_parameters=find_unused) if several() else problem.model
         inner = BASES[base](problem.model.parameters())
         for group in inner.param_groups:
@@ -210,6 +210,13 @@ def test_what_cannot_be_known_of_other_processes_is_said(two):
         assert any("averaged over processes by something else" in w for w in words), words
     for words in two.run(averaged_by_hand, False):
         assert any("no model and there are 2 processes" in w for w in words), words
+
+
+def test_batches_of_different_sizes_count_as_in_ddp_each_process_alike(two):
+    ranks = two.run(run_with, "mlp", "adamw", 9, {"batch": 31})
+    same_run(ranks[0], ranks)
+    assert {r["batch_size"] for r in ranks[0]["readings"]} == {31}
+    assert all(r["layers"] and r["lambda_max"] > 0 for r in ranks[0]["readings"])
 
 
 def sick(lr):

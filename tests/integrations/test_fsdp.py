@@ -12,7 +12,7 @@ from problems import BASES, make
 from ranks import Ranks
 from test_ddp import close, mine
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy
 from adaptive_opt.integrations.checkpoint import OptimizerState
@@ -159,6 +159,10 @@ def test_a_snapshot_of_shards_is_restored(two):
 def refused():
     with pytest.raises(ValueError, match=r"kfac needs whole matrices .* shards of them \(FSDP2\)"):
         Run("mlp", "adamw", 1, policy=ConstantPolicy("kfac"))
+    older = FullyShardedDataParallel(make("mlp", 1).model, device_id=torch.device("cpu"))
+    base = torch.optim.SGD(older.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"shard the model by torch.distributed.fsdp.fully_shard"):
+        AdaptiveOptimizer(base, older, loss_fn=torch.nn.CrossEntropyLoss())
     with pytest.warns(UserWarning, match=r"MixedPrecisionPolicy\(param_dtype=torch.bfloat16\)"):
         run = Run("mlp", "adamw", 2, sharding={"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}).train()
     assert run.outcome()["readings"] == []

@@ -14,7 +14,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWAR
 SHORT = ["task=digits", "steps=30", "telemetry.console=false", "policy=rules", "probe=every", "schedule=constant"]
 
 
-def called(command, cwd, timeout=150):
+def called(command, cwd, timeout=400):
     return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
 
 
@@ -58,7 +58,7 @@ def test_a_sweep_by_submitit_on_this_machine(tmp_path):
     """What SLURM would be given, run by submitit's local executor; each job starts two ranks."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install hydra-submitit-launcher")
     sweep = ["hydra/launcher=local", "seed=0,1", "trainer.nproc=2", f"hydra.sweep.dir={tmp_path}"]
-    done = called([sys.executable, TRAIN, "-m", *SHORT[:-1], *sweep], tmp_path, timeout=300)
+    done = called([sys.executable, TRAIN, "-m", *SHORT[:-1], *sweep], tmp_path, timeout=500)
     assert done.returncode == 0, done.stderr
     found = sorted(tmp_path.rglob("metrics.json"))
     assert len(found) == 2

@@ -48,7 +48,7 @@ class Gate:
         chosen = self._measurable()
         params = [p for _, p in chosen]
         objective = self._objective(closure, ambient, params) if self.trusted is not False and params else None
-        return StepContext(self.base, params, [i for i, _ in chosen], objective, mode)
+        return StepContext(self.base, params, [i for i, _ in chosen], objective, mode, team=self.team)
 
     def loss(self) -> Tensor | None:
         """The captured loss of this step, on the device."""

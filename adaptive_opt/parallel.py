@@ -113,6 +113,25 @@ class Team:
             self._raise(failure)
         return result[0]
 
+    def dealt(
+        self, jobs: Sequence[Callable[[], Sequence[Tensor] | None]], like: Sequence[Sequence[Tensor]]
+    ) -> list[Sequence[Tensor] | None]:
+        """What each job gives (tensors shaped as `like`, or None), dealt out over the processes and sent to all of them."""
+        if self.size == 1:
+            return [job() for job in jobs]
+        packed = [torch.cat([t.reshape(-1) for t in tensors]).fill_(torch.nan) for tensors in like]  # NaN: there is none
+        for job, buffer in list(zip(jobs, packed, strict=True))[self.rank :: self.size]:
+            made = job()
+            if made is not None:
+                buffer.copy_(torch.cat([t.reshape(-1) for t in made]))
+        found: list[Sequence[Tensor] | None] = []
+        for j, (buffer, tensors) in enumerate(zip(packed, like, strict=True)):
+            self._call(lambda j=j, x=buffer: dist.broadcast(x, src=self._global(j % self.size), group=self.group))
+            pieces = buffer.split([t.numel() for t in tensors])
+            whole = [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+            found.append(None if bool(buffer[0].isnan()) else whole)
+        return found
+
     # ---- the calls themselves ---------------------------------------------------------------------------------------------
 
     def _raise(self, failure: Exception | None) -> None:

@@ -31,7 +31,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "policy": {"records"},
     "verify": {"interventions", "objective", "records"},
     "gate": {"capture", "curvature", "modes", "objective", "parallel"},
-    "modes": {"capture", "curvature", "family", "objective", "records", "sharded"},
+    "modes": {"capture", "curvature", "family", "objective", "parallel", "records", "sharded"},
     "interventions": {"family", "modes", "objective", "records", "curvature", "probe", "sharded"},
     "controller": {
         "capture", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice", "objective",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adaptive_opt.parallel import active_ddp, team_of
+from adaptive_opt.parallel import active_ddp, ddp_in, team_of
 from adaptive_opt.sharded import refusal
 
 KEEP_STEPS = 3  # steps (and clearings of the gradients) for which a forward pass waits for its backward
@@ -113,8 +113,9 @@ class Capture:
         self.armed = True  # False only for what a copied model took along
         self.problem: str | None = None  # why the latest loss could not be captured
         self.unreplayable = refusal(self.model)  # for good
-        self.team, self.ddp = team_of(model), model if isinstance(model, DistributedDataParallel) else None
-        inside = model if self.ddp is None else self.ddp.module  # what it is given there is on the right device
+        self.team, self.ddp = team_of(model), ddp_in(model)
+        # what it is given there is on the right device
+        inside = model.module if isinstance(model, DistributedDataParallel) else model
         self.handles = [
             inside.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_opt.capture import Ambient, ModelCall, batch_size, device_of, map_tensors, rng_state, set_rng_state
+from adaptive_opt.capture import Ambient, ModelCall, batch_size, device_of, map_tensors, original, rng_state, set_rng_state
 from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.objective import Objective
 from adaptive_opt.probe import LanczosProbe
@@ -36,11 +36,13 @@ def checkup(
 
     The model is measured in the mode it is in (call `model.eval()` first for what inference sees) and left as it is. Batches
     count by their number of samples; at most `max_batches` are read. The Hessian is that of their mean loss, the layers are
-    those of the first batch. `stability` and `kappa_effective` belong to an optimizer and are None. only: names of modules or
-    parameters, for the Hessian's block of these alone. curvature, backend, memory, layers: as in LanczosProbe. `verdict` says
-    what the reading means. Raises ValueError when there is no data or nothing requires gradients, and ReplayError when the
+    those of the first batch. Of several processes each measures its own data (with FSDP2 all must call it: parameters are
+    gathered). `stability` and `kappa_effective` belong to an optimizer and are None. only: names of modules or parameters, for
+    the Hessian's block of these alone. curvature, backend, memory, layers: as in LanczosProbe. `verdict` says what the reading
+    means. Raises ValueError when there is no data or nothing requires gradients, and ReplayError when the
     loss is not a scalar tensor with a graph.
     """
+    model = original(model)  # no reducer of DistributedDataParallel, which would wait for a backward pass
     params = _params(model, only)
     rng = rng_state(device_of(model))
     batches = _batches(data, max_batches, device_of(model))

@@ -233,6 +233,8 @@ class Controller:
         self.all_validate = judge == team.size
         ctx.short = here < team.size
         ctx.costs = (sums[2] / here, sums[3] / here)
+        if ctx.short:
+            ctx.team = ALONE
         if able < here or ctx.short:
             ctx.objective = None
         return sums[0] / seen if seen else None, sums[1] / here

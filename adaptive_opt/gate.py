@@ -14,7 +14,7 @@ from adaptive_opt.capture import Ambient, Capture, device_of
 from adaptive_opt.curvature import whole
 from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, Source, agreement
-from adaptive_opt.parallel import ALONE, Team
+from adaptive_opt.parallel import ALONE, Team, world
 
 STATE = ("trusted", "distrust", "scaled_loss", "clip_norm")
 COSINE, COSINE_LOW = (
@@ -48,7 +48,7 @@ class Gate:
         chosen = self._measurable()
         params = [p for _, p in chosen]
         objective = self._objective(closure, ambient, params) if self.trusted is not False and params else None
-        return StepContext(self.base, params, [i for i, _ in chosen], objective, mode)
+        return StepContext(self.base, params, [i for i, _ in chosen], objective, mode, team=self.team)
 
     def loss(self) -> Tensor | None:
         """The captured loss of this step, on the device."""
@@ -100,7 +100,7 @@ class Gate:
         if cosine < (COSINE_LOW if low else COSINE):
             raise ReplayError(
                 f"the replayed gradient does not reproduce the one that backward left (cosine {cosine:.4f}): "
-                f"{objective.source.cause}"
+                f"{objective.source.cause}{self._averaged_unseen()}"
             )
         captured = self.team.mean(self._captured_scale())
         if not self.scaled_loss and captured >= 2 and ratio >= 8:
@@ -115,6 +115,11 @@ class Gate:
         objective.clip_norm = self.clip_norm
         self.trusted = True
         return True
+
+    def _averaged_unseen(self) -> str:
+        if self.team.size > 1 or world() == 1:
+            return ""
+        return ", or the gradients are averaged over processes by something else than DistributedDataParallel and FSDP2"
 
     def refuse(self, error: Exception) -> str:
         """No replay is used from here on; returns why, in one line."""

@@ -17,10 +17,11 @@ from adaptive_opt.controller import Controller
 from adaptive_opt.interventions import INTERVENTIONS, AutoStep
 from adaptive_opt.modes import MODES, Mode, all_params
 from adaptive_opt.notice import warn
-from adaptive_opt.parallel import JoinedStep, check_join
+from adaptive_opt.parallel import JoinedStep, check_join, world
 from adaptive_opt.policy import Policy, RulePolicy
 from adaptive_opt.probe import LanczosProbe
 from adaptive_opt.records import Reading, StepReport
+from adaptive_opt.sharded import first_fsdp
 
 LOG = logging.getLogger("adaptive_opt")
 GLOBAL_STEP_HOOKS: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
@@ -141,6 +142,11 @@ class AdaptiveOptimizer(Optimizer):
     def _looked_at_step(self, closure: Callable[[], Any] | None, ambient: Ambient | None, loss: Any) -> None:
         if (why := self.control.gate.without_replay(closure is not None)) is not None:
             self._say(f"adaptive_opt cannot evaluate this loss again and measures nothing: {why}")
+        if self._capture is None and world() > 1:
+            self._say(
+                f"adaptive_opt was given no model and there are {world()} processes: what is decided here is not shared with "
+                "the others; give AdaptiveOptimizer(base, model) if they train one model"
+            )
         if self.control.team.size > 1 and self._capture is not None:
             check_join(self._capture.ddp, self)
         self._report = report = self.control.step(closure, ambient, loss)
@@ -379,6 +385,11 @@ def _check_sources(base: Optimizer, model: Any, loss_fn: Any, objective: Any) ->
         raise ValueError("AdaptiveOptimizer(loss_fn=..., model=None): the model is needed too, its input is what is replayed")
     if objective is not None and not callable(objective):
         raise TypeError(f"AdaptiveOptimizer(objective={type(objective).__name__}): a callable that returns the loss tensor")
+    if model is not None and (old := first_fsdp(model)) is not None:
+        raise ValueError(
+            f"AdaptiveOptimizer(model={old}(...)): its flat shards are nobody's parameters; shard the model by "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     if model is not None:
         inside = {id(p) for m in (model, loss_fn) if m is not None for p in m.parameters()}
         params = all_params(base)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -51,7 +52,7 @@ class Team:
         if self.size == 1:
             return list(compute())
         sizes = [t.numel() for t in like]
-        dtype = torch.promote_types(like[0].dtype, torch.float32)
+        dtype = reduce(torch.promote_types, (t.dtype for t in like), torch.float32)
         buffer = torch.zeros(sum(sizes) + 1, dtype=dtype, device=like[0].device)  # the last entry counts failures
         failure: Exception | None = None
         try:
@@ -111,6 +112,25 @@ class Team:
         if not self.all(failure is None):
             self._raise(failure)
         return result[0]
+
+    def dealt(
+        self, jobs: Sequence[Callable[[], Sequence[Tensor] | None]], like: Sequence[Sequence[Tensor]]
+    ) -> list[Sequence[Tensor] | None]:
+        """What each job gives (tensors shaped as `like`, or None), dealt out over the processes and sent to all of them."""
+        if self.size == 1:
+            return [job() for job in jobs]
+        packed = [torch.cat([t.reshape(-1) for t in tensors]).fill_(torch.nan) for tensors in like]  # NaN: there is none
+        for job, buffer in list(zip(jobs, packed, strict=True))[self.rank :: self.size]:
+            made = job()
+            if made is not None:
+                buffer.copy_(torch.cat([t.reshape(-1) for t in made]))
+        found: list[Sequence[Tensor] | None] = []
+        for j, (buffer, tensors) in enumerate(zip(packed, like, strict=True)):
+            self._call(lambda j=j, x=buffer: dist.broadcast(x, src=self._global(j % self.size), group=self.group))
+            pieces = buffer.split([t.numel() for t in tensors])
+            whole = [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+            found.append(None if bool(buffer[0].isnan()) else whole)
+        return found
 
     # ---- the calls themselves ---------------------------------------------------------------------------------------------
 
@@ -187,8 +207,9 @@ def operator_of(
 
 def team_of(model: nn.Module) -> Team:
     """The processes between which this module's gradients are averaged: by DistributedDataParallel, or by FSDP2."""
-    if isinstance(model, DistributedDataParallel):
-        return Team(model.process_group, next(p.device for p in model.parameters()))
+    ddp = ddp_in(model)
+    if ddp is not None:
+        return Team(ddp.process_group, next(p.device for p in ddp.parameters()))
     sharded: Any = next((p for p in model.parameters() if is_sharded(p)), None)
     if sharded is None:
         return ALONE
@@ -207,6 +228,21 @@ def without_ddp(ddp: DistributedDataParallel | None) -> Iterator[None]:
         yield
     finally:
         del ddp.forward
+
+
+def ddp_in(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that this module is, or that torch.compile made it of."""
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None:
+            return None
+        model = inner
+    return model
+
+
+def world() -> int:
+    """How many processes there are, whatever they do."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def active_ddp() -> DistributedDataParallel | None:

@@ -1,14 +1,14 @@
 """FSDP2: parameters of which each process holds a shard (DTensor), and the whole ones that a replay lends the modules.
 
-A second derivative through FSDP2's own hooks is not to be had everywhere: the leaves of its graph are tensors that exist only
-between two of its hooks, and its post-backward hook wants their `.grad`. So the hooks are off inside of a replay, and the
-modules hold whole parameters: what is measured there is the plain model.
+Through FSDP2's own hooks there is no second derivative: the first backward pass frees the storage that the second one needs
+(docs/design.md, "Several processes"). So the hooks are off inside of a replay, and the modules hold whole parameters: what is
+measured there is the plain model.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,11 +42,18 @@ def gathered(tree: Any) -> Any:
 
 def fsdp_states(modules: Sequence[nn.Module]) -> list[Any]:
     """FSDP2's own state of each module that `fully_shard` was called on."""
+    return [m._get_fsdp_state() for m in _of_class("FSDPModule", modules)]
+
+
+def first_fsdp(model: nn.Module) -> str | None:
+    """The name of FSDP2's predecessor's class, if it wraps a part of this model."""
+    return next((type(m).__name__ for m in _of_class("FullyShardedDataParallel", model.modules())), None)
+
+
+def _of_class(name: str, modules: Iterable[nn.Module]) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
-    if fsdp is None or not hasattr(fsdp, "FSDPModule"):
-        return []
-    marked: list[Any] = [m for m in modules if isinstance(m, fsdp.FSDPModule)]
-    return [m._get_fsdp_state() for m in marked]
+    kind = getattr(fsdp, name, ())
+    return [m for m in modules if isinstance(m, kind)]
 
 
 def refusal(model: nn.Module) -> str | None:

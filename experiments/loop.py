@@ -15,6 +15,7 @@ from tqdm import tqdm
 from adaptive_opt import AdaptiveOptimizer
 
 from .faults import Faults
+from .launch import ALONE, Ranks
 from .tasks.base import Task
 
 
@@ -48,8 +49,9 @@ def train(
     schedule: Any = None,
     title: str = "",
     until: Callable[[float], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Train for `steps` (the task's own by default), or until `until(loss)` holds."""
+    """Train for `steps` (the task's own by default), or until `until(loss)` holds; of several processes this one's share."""
     total = task.steps if steps is None else steps
     losses, log, outcomes, spent, clock = [], [], [], [], []
     began = time.perf_counter()
@@ -57,13 +59,14 @@ def train(
         x, y = task.batch(step)
         if faults is not None:
             x = faults(x)
+        x, y = ranks.share(x), ranks.share(y)
         optimizer.zero_grad()
         loss = task.loss_fn(task.model(x), y)
         loss.backward()
         optimizer.step()
         if schedule is not None:
             schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(ranks.mean(loss))
         extra = 0.0
         if isinstance(optimizer, AdaptiveOptimizer) and (report := optimizer.report) is not None:
             log += [event.sentence() for event in report.events]

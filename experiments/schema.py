@@ -75,6 +75,13 @@ class Measure:
 
 
 @dataclass
+class Trainer:
+    """How the run is trained."""
+
+    nproc: int = 1  # processes of this machine, each with its share of every batch (launch.py)
+
+
+@dataclass
 class Train:
     """The whole config."""
 
@@ -92,6 +99,7 @@ class Train:
     validate: bool = False
     verify: bool = True
     resume: bool = False
+    trainer: Trainer = field(default_factory=Trainer)
     faults: Faults = field(default_factory=Faults)
     measure: Measure = field(default_factory=Measure)
     workload: str | None = None

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from adaptive_opt import AdaptiveOptimizer
 from adaptive_opt.telemetry import ConsoleSink, JsonlSink, TensorBoardSink
 
-from . import folder, near
+from . import folder, launch, near
 from .faults import Faults
 from .loop import Outcome, train
 from .schema import register
@@ -47,7 +47,7 @@ def run(cfg: DictConfig, run_dir: Path) -> Outcome:
     folder.begin(run_dir, config, cfg.seed)
     try:
         torch.set_num_threads(cfg.threads)
-        outcome = _run(cfg, config, run_dir)
+        outcome = _run(cfg, config, run_dir) if cfg.trainer.nproc == 1 else launch.launch(cfg, config, run_dir)
     except BaseException as error:
         folder.fail(run_dir, error)
         raise
@@ -65,15 +65,17 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Outcome:
     steps = task.steps if cfg.steps is None else cfg.steps
     if steps < 1:
         raise SystemExit(f"steps={steps}: 1 or more, or null for the task's own number")
+    ranks = launch.Ranks.here()
+    task.model = ranks.wrapped(task.model)
     base = instantiate(cfg.base)(task.model.parameters())
-    sinks = _sinks(cfg, config, run_dir)
+    sinks = _sinks(cfg, config, run_dir) if ranks.rank == 0 else []
     optimizer = base if cfg.policy.get("_target_") is None else _wrapped(cfg, task, base, sinks)
     cosine = cfg.schedule.name == "cosine"
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
     torch.manual_seed(cfg.seed)
     faults = Faults(cfg.faults.rate, cfg.faults.kind, cfg.faults.scale, cfg.seed)
     try:
-        return train(task, optimizer, steps=steps, faults=faults, schedule=schedule)
+        return train(task, optimizer, steps=steps, faults=faults, schedule=schedule, ranks=ranks)
     finally:
         for sink in sinks:
             if hasattr(sink, "close"):
@@ -126,6 +128,7 @@ def _main(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Hydra's main; where a name on the command line is unknown, the names near it follow Hydra's own message."""
+    launch.refuse_torchrun()
     try:
         _main()
     except SystemExit as stop:

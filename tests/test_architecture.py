@@ -31,13 +31,15 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "policy": {"records"},
     "verify": {"interventions", "objective", "records"},
     "gate": {"capture", "curvature", "modes", "objective", "parallel"},
-    "modes": {"capture", "curvature", "family", "objective", "records", "sharded"},
+    "modes": {"capture", "curvature", "family", "objective", "parallel", "records", "sharded"},
     "interventions": {"family", "metric", "modes", "objective", "records", "curvature", "probe", "sharded"},
     "controller": {
         "capture", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice", "objective",
         "parallel", "policy", "probe", "records", "sharded", "signals", "verify",
     },
-    "optimizer": {"capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records"},
+    "optimizer": {
+        "capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records", "sharded",
+    },
     "checkup": {"capture", "memory", "objective", "probe", "records"},
     "commands": {"checkup", "curvature", "dashboard", "page", "report", "telemetry", "verdict"},
     "report": {"dashboard", "records", "telemetry"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt.objective import Objective
+from adaptive_opt.parallel import ALONE, Team
 
 
 @dataclass
@@ -27,6 +28,7 @@ class StepContext:
     failure: Exception | None = None  # a replay that raised; whoever caught it went on without
     costs: tuple[float, float] | None = None  # of a cheap and of a full reading, where several processes agreed on them
     short: bool = False  # a process has no batch left (Join): nothing that needs all of them can be done
+    team: Team = ALONE  # the processes that take this step together
 
     @property
     def grads(self) -> list[Tensor]:

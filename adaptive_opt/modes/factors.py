@@ -41,19 +41,24 @@ class Block:
         self.factor.addmm_(X.T, X, beta=beta, alpha=(1 - beta) * scale)
         self.weight = beta * self.weight + 1 - beta
 
-    def turn(self, refine: bool) -> tuple[Tensor, Tensor] | None:
-        """A new basis: (T, the correction of second moments), or None where the factor has none (it starts again)."""
-        old = self.Q
+    def solve(self, refine: bool) -> tuple[Tensor, Tensor] | None:
+        """(eigenvalues, basis) of the factor as it is now; None where it has none."""
         try:
-            before = kron.variances(self.factor, old)
-            if refine and old is not None:
-                values, Q = kron.orthogonal_iteration(self.factor, old)
-            else:
-                values, Q = kron.eigenbasis(self.factor)
-        except RuntimeError:  # not finite: keep the last basis and forget what went in
+            if refine and self.Q is not None:
+                return kron.orthogonal_iteration(self.factor, self.Q)
+            return kron.eigenbasis(self.factor)
+        except RuntimeError:  # not finite
+            return None
+
+    def turn(self, solved: Sequence[Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Into the basis that `solve` gave: (T, the correction of second moments), or None: it starts again."""
+        if solved is None:  # keep the last basis and forget what went in
             self.factor.zero_()
             self.weight = 0.0
             return None
+        old = self.Q
+        before = kron.variances(self.factor, old)
+        values, Q = solved
         self.values, self.Q = values, Q
         T = kron.change(old, Q)
         assert T is not None

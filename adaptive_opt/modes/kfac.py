@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from adaptive_opt.modes.base import StepContext, all_params
 from adaptive_opt.modes.factors import Factors, interval, left_times, share_out, spectrum, times
 from adaptive_opt.modes.moments import carry, rescale_bias
 from adaptive_opt.modes.taps import LayerTaps, samples
+from adaptive_opt.parallel import ALONE
 from adaptive_opt.sharded import is_sharded
 
 SOURCES, SHARING, METHODS = ("gradient", "kfac"), ("expand", "reduce"), ("eigh", "qr")
@@ -198,26 +200,26 @@ class KFAC:
         f.tapped = not f.note
 
     def _turn(self, ctx: StepContext) -> None:
-        """New bases where they are due, and the base's moments into them."""
-        for index, p in zip(ctx.indices, ctx.params, strict=True):
-            f = self._factors.get(index)
-            for block in f.blocks if f is not None else ():
-                if block.due > self._count or not block.weight:
-                    continue
-                assert f is not None
-                first = not f.turned
-                turned = block.turn(refine=self.method == "qr")
-                block.due = self._count + interval(block, self.every)
-                if turned is None:
-                    continue
-                rows, left = slice(block.start, block.stop), block in f.left
-                if self._linear:
-                    if f.S is not None:
-                        carry({"square_avg": f.S}, f.S.shape, rows, left, *turned)
-                    continue
-                carry(ctx.base.state.get(p, {}), p.shape, rows, left, *turned)
-                if first:
-                    self._rescale(ctx, p, entering=True)
+        """New bases where they are due, and the base's moments into them. Several processes solve a share of them each."""
+        met = [(p, f) for i, p in zip(ctx.indices, ctx.params, strict=True) if (f := self._factors.get(i)) is not None]
+        due = [(p, f, block) for p, f in met for block in f.blocks if block.due <= self._count and block.weight]
+        jobs = [partial(block.solve, refine=self.method == "qr") for _, _, block in due]
+        team = ctx.team if len(due) > 1 else ALONE  # what is due alone is solved by each as fast as it is sent
+        solved = team.dealt(jobs, [(block.factor[0], block.factor) for _, _, block in due])
+        for (p, f, block), basis in zip(due, solved, strict=True):
+            first = not f.turned
+            turned = block.turn(basis)
+            block.due = self._count + interval(block, self.every)
+            if turned is None:
+                continue
+            rows, left = slice(block.start, block.stop), block in f.left
+            if self._linear:
+                if f.S is not None:
+                    carry({"square_avg": f.S}, f.S.shape, rows, left, *turned)
+                continue
+            carry(ctx.base.state.get(p, {}), p.shape, rows, left, *turned)
+            if first:
+                self._rescale(ctx, p, entering=True)
 
     def _made(self, p: Tensor) -> Factors:
         return Factors.of(_matrix(p), self.max_dim, self.max_blocks)

@@ -7,13 +7,15 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from problems import BASES, make
 from ranks import Ranks
 from test_ddp import close, mine
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy
+from adaptive_opt.integrations.checkpoint import OptimizerState
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,9 @@ def alone():
 class Run:
     """A training run, whole on a process on its own or sharded over the ranks."""
 
-    def __init__(self, name, base, batches, *, lr=1.0, bare=False, policy=None, sharding=None, **kwargs):
+    def __init__(self, name, base, batches, *, lr=1.0, bare=False, policy=None, sharding=None, sharded=True, **kwargs):
         self.problem = problem = make(name, batches)
-        if dist.is_initialized():
+        if dist.is_initialized() and sharded:
             for child in problem.model.children():
                 if any(True for _ in child.parameters()):
                     fully_shard(child, **(sharding or {}))
@@ -157,6 +159,10 @@ def test_a_snapshot_of_shards_is_restored(two):
 def refused():
     with pytest.raises(ValueError, match=r"kfac needs whole matrices .* shards of them \(FSDP2\)"):
         Run("mlp", "adamw", 1, policy=ConstantPolicy("kfac"))
+    older = FullyShardedDataParallel(make("mlp", 1).model, device_id=torch.device("cpu"))
+    base = torch.optim.SGD(older.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"shard the model by torch.distributed.fsdp.fully_shard"):
+        AdaptiveOptimizer(base, older, loss_fn=torch.nn.CrossEntropyLoss())
     with pytest.warns(UserWarning, match=r"MixedPrecisionPolicy\(param_dtype=torch.bfloat16\)"):
         run = Run("mlp", "adamw", 2, sharding={"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}).train()
     assert run.outcome()["readings"] == []
@@ -178,3 +184,35 @@ def test_hybrid_sharding():
         same_run(run("mlp", "adamw", 5, {}), four.run(hybrid))
     finally:
         four.close()
+
+
+def saved(path, half):
+    """Trains, saves in the middle, goes on; what it ends in."""
+    state = Run("mlp", "adamw", 12, policy=RulePolicy())
+    state.train(state.problem.batches[:half])
+    dcp.save(parts(state), checkpoint_id=path)
+    return state.train(state.problem.batches[half:]).outcome()
+
+
+def resumed(path, half, sharding=True):
+    state = Run("mlp", "adamw", 12, policy=RulePolicy(), sharded=sharding)
+    dcp.load(parts(state), checkpoint_id=path)
+    assert state.optimizer.steps == half
+    return state.train(state.problem.batches[half:]).outcome()
+
+
+def parts(state):
+    return {"model": state.problem.model, "optimizer": OptimizerState(state.problem.model, state.optimizer)}
+
+
+def test_a_checkpoint_of_two_shards_goes_on_in_two_and_in_one(two, alone, tmp_path):
+    path = str(tmp_path / "checkpoint")
+    whole = two.run(saved, path, 7)[0]
+    again = two.run(resumed, path, 7)[0]
+    for a, b in zip(whole["params"], again["params"], strict=True):
+        assert torch.equal(a, b)
+    for sharding in (True, False):  # one process with FSDP2, and one without
+        (one,) = alone.run(resumed, path, 7, sharding)
+        for a, b in zip(whole["params"], one["params"], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
+        assert close(whole["readings"][-1]["lambda_max"], one["readings"][-1]["lambda_max"], 1e-3)

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,  # pyright: ignore[reportPrivateUsage]
+    _global_optimizer_pre_hooks,  # pyright: ignore[reportPrivateUsage]
+)
 
 from adaptive_opt.capture import Ambient, Capture, device_of, original
 from adaptive_opt.controller import Controller
@@ -60,7 +63,7 @@ class AdaptiveOptimizer(Optimizer):
         validate: Callable[[], float] | None = None,
         sinks: Iterable[Sink] = (),
     ):
-        if probe is not None and not isinstance(probe, LanczosProbe):
+        if probe is not None and not isinstance(probe, LanczosProbe):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"AdaptiveOptimizer(probe={probe!r}): a LanczosProbe, for example LanczosProbe(overhead=0.05)")
         policy = RulePolicy() if policy is None else policy
         modes = {name: make() for name, make in MODES.items()} if modes is None else dict(modes)
@@ -132,7 +135,7 @@ class AdaptiveOptimizer(Optimizer):
         return loss
 
     # Not compiled, as torch's own: the loop synchronises, forks RNG and calls autograd.
-    _uncompiled_step = torch._disable_dynamo(_step)  # pyright: ignore[reportPrivateImportUsage]
+    _uncompiled_step = torch._disable_dynamo(_step)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
     @torch.no_grad()
     def _looked_at_step(self, closure: Callable[[], Any] | None, ambient: Ambient | None, loss: Any) -> None:
@@ -212,12 +215,14 @@ class AdaptiveOptimizer(Optimizer):
     @property
     def join_device(self) -> torch.device:
         """Where Join's own collective calls are made."""
-        return self._ddp().join_device
+        ddp: Any = self._ddp()  # torch gives these two no type
+        return ddp.join_device
 
     @property
     def join_process_group(self) -> Any:
         """The processes that Join waits for."""
-        return self._ddp().join_process_group
+        ddp: Any = self._ddp()
+        return ddp.join_process_group
 
     def _ddp(self) -> DistributedDataParallel:
         if self._capture is None or self._capture.ddp is None:

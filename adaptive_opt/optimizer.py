@@ -195,7 +195,7 @@ class AdaptiveOptimizer(Optimizer):
         """Listen to this model and loss from now on: at construction, and again after unpickling or deepcopy."""
         self.detach()
         _check_sources(self.base, model, loss_fn, objective)
-        self._capture = None if model is None else Capture(model, loss_fn)
+        self._capture = None if model is None else Capture(model, loss_fn, all_params(self.base))
         self.control.listen(None if model is None else original(model), self._capture, objective)
 
     def detach(self) -> None:
@@ -236,6 +236,8 @@ class AdaptiveOptimizer(Optimizer):
         if self.param_groups is self.base.param_groups and hasattr(self, "control"):
             self.base.add_param_group(param_group)
             self._link(self.base)
+            if self._capture is not None:
+                self._capture.hold(all_params(self.base))
         else:
             super().add_param_group(param_group)
 
@@ -302,10 +304,10 @@ class AdaptiveOptimizer(Optimizer):
         self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
 
     def _ambient(self) -> Ambient:
-        modules = self._capture.modules if self._capture is not None else []
+        modules, moving = ([], None) if self._capture is None else (self._capture.modules, self._capture.moving)
         model = self.control.gate.model
         device = device_of(model) if model is not None else self.param_groups[0]["params"][0].device
-        return Ambient.now(modules, device)
+        return Ambient.now(modules, device, moving)
 
     def _say(self, message: str) -> None:
         """A warning, once."""

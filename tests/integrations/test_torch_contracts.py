@@ -43,7 +43,7 @@ with warnings.catch_warnings():  # what its import says of other packages is not
     import pytorch_optimizer
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
-from adaptive_opt.integrations.checkpoint import TrainingState
+from adaptive_opt.integrations.checkpoint import OptimizerState
 
 BASES = {
     **SHARED,
@@ -396,8 +396,8 @@ def test_state_holds_tensors_by_parameter_only(base):
 def test_distributed_checkpoint_goes_on_bit_for_bit(tmp_path, policy):
     wrapped = {"probe": LanczosProbe(every=3, num_steps=3), "policy": policy}
     run, other = Loop("adamw", wrapped).train(5), Loop("adamw", wrapped)
-    dcp.save({"run": TrainingState(run.model, run.optimizer)}, checkpoint_id=tmp_path)
-    dcp.load({"run": TrainingState(other.model, other.optimizer)}, checkpoint_id=tmp_path)
+    for r, move in ((run, dcp.save), (other, dcp.load)):
+        move({"model": r.model, "optimizer": OptimizerState(r.model, r.optimizer)}, checkpoint_id=tmp_path)
     assert_same(run.state(), other.state())
     assert other.optimizer.steps == 5
     other.done = 5

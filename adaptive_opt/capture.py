@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from adaptive_opt.moving import Kept, MovingBuffers
 from adaptive_opt.parallel import active_ddp, ddp_in, team_of
 from adaptive_opt.sharded import refusal
 
@@ -24,18 +25,22 @@ class Ambient:
     rng: dict[str, Tensor]  # device type (and index) -> generator state
     autocast: tuple[str, bool, torch.dtype]
     training: tuple[bool, ...]  # mode of each module, in the order of modules()
+    buffers: Kept = field(default_factory=list)  # those that the pass moves and its output hangs on
 
     @classmethod
-    def now(cls, modules: Iterable[nn.Module], device: torch.device) -> Ambient:
+    def now(cls, modules: Iterable[nn.Module], device: torch.device, moving: MovingBuffers | None = None) -> Ambient:
         kind = device.type
         cast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        return cls(rng_state(device), cast, tuple([m.training for m in modules]))
+        training = tuple([m.training for m in modules])
+        return cls(rng_state(device), cast, training, [] if moving is None else moving.before(training))
 
     def meet(self, modules: Iterable[nn.Module]) -> None:
-        """Generators and modes as they were then."""
+        """Generators, modes and moving buffers as they were then. In a replay only: it lends buffers and puts them back."""
         set_rng_state(self.rng)
         for module, mode in zip(modules, self.training, strict=True):
             module.training = mode
+        for module, name, kept in self.buffers:
+            module._buffers[name] = kept.clone()
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -92,6 +97,8 @@ class ModelCall:
     output_rows: tuple[int, ...] = ()  # first dimension of each output tensor
     losses: list[LossCall] = field(default_factory=list)
     refusal: str | None = None  # why this call cannot be replayed
+    elsewhere: int = 0  # versions of the parameters that the optimizer does not hold
+    task: int = -1  # of autograd's: the backward pass that gave a weight first
     age: int = 0  # how often the gradients were cleared or stepped on since
 
     @property
@@ -104,11 +111,13 @@ class Capture:
 
     replaying = 0  # of the class: one optimizer's replay is no batch of another that listens to the same model
 
-    def __init__(self, model: nn.Module, loss_fn: nn.Module | None):
+    def __init__(self, model: nn.Module, loss_fn: nn.Module | None, params: Sequence[Tensor] = ()):
         self.model = original(model)
         self.loss_fn = loss_fn
+        self.hold(params)
         self.modules = [*self.model.modules(), *(loss_fn.modules() if loss_fn is not None else ())]
         self.first = next(self.model.parameters(), None)  # where the model is: asking the model takes longer
+        self.moving = MovingBuffers(self.modules)
         self.calls: list[ModelCall] = []
         self.armed = True  # False only for what a copied model took along
         self.problem: str | None = None  # why the latest loss could not be captured
@@ -130,6 +139,17 @@ class Capture:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _deaf, ()  # a copied or pickled model carries its hooks along: there they hear nothing
+
+    def hold(self, params: Sequence[Tensor]) -> None:
+        """The parameters that the optimizer holds; the model's others are another's to move."""
+        mine = {id(p) for p in params}
+        self.params = list(params)
+        self.others = [p for p in self.model.parameters() if id(p) not in mine]
+
+    def moved_elsewhere(self) -> bool:
+        """Parameters that the optimizer does not hold have changed since the forward pass."""
+        now = sum([p._version for p in self.others])
+        return any(call.elsewhere != now for call in self.step_calls())
 
     def close(self) -> None:
         for handle in self.handles:
@@ -164,7 +184,9 @@ class Capture:
             if len(unused) >= KEEP_UNUSED:
                 self.calls.remove(unused[0])
         device = self.first.device if self.first is not None else torch.device("cpu")
-        self.calls.append(ModelCall(map_leaves(_ungraphed, (args, kwargs)), Ambient.now(self.modules, device)))
+        call = ModelCall(map_leaves(_ungraphed, (args, kwargs)), Ambient.now(self.modules, device, self.moving))
+        call.elsewhere = sum([p._version for p in self.others])
+        self.calls.append(call)
 
     def _meet_team(self) -> None:
         """Frameworks wrap the model after the optimizer was made: inside of the wrapper's forward pass it can be seen."""
@@ -176,6 +198,7 @@ class Capture:
         if not (self.listening and self.calls):
             return
         call = self.calls[-1]
+        self.moving.after(call.ambient.training, call.ambient.buffers)
         call.outputs = list(tensors_in(output))
         call.output_rows = tuple(t.shape[0] if t.dim() else 0 for t in call.outputs)
         if self.loss_fn is None:
@@ -248,6 +271,10 @@ class Capture:
             grad = grad.detach() if grad.requires_grad else grad
             record.weight = grad if record.weight is None else record.weight + grad
             call.outputs = None  # the graph may go
+            call.task = torch._C._current_graph_task_id() if call.task < 0 else call.task
+            if len(self.calls) > 1 and all(p.grad is None for p in self.params):
+                # cleared without us, by model.zero_grad() after a skipped step: what went backward before is in no gradient
+                self.calls = [c for c in self.calls if not c.weighted or c.task == call.task]
 
         loss.register_hook(on_backward)
 

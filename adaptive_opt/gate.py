@@ -23,6 +23,12 @@ COSINE, COSINE_LOW = (
 )  # a replay repeats the very same kernels: float32 gives 1 - 1e-7; below 32 bits SDPA's differ
 
 
+MOVED = (
+    "parameters of the model that this optimizer does not hold have changed since the forward pass; where another optimizer "
+    "has stepped first, let this one step before it, or give the groups of both to one"
+)
+
+
 class Gate:
     """Where the batch comes from, and whether it can be believed. Once refused, always refused: the loop is what it is."""
 
@@ -100,7 +106,7 @@ class Gate:
         if cosine < (COSINE_LOW if low else COSINE):
             raise ReplayError(
                 f"the replayed gradient does not reproduce the one that backward left (cosine {cosine:.4f}): "
-                f"{objective.source.cause}{self._averaged_unseen()}"
+                f"{self._moved_elsewhere() or objective.source.cause}{self._averaged_unseen()}"
             )
         captured = self.team.mean(self._captured_scale())
         if not self.scaled_loss and captured >= 2 and ratio >= 8:
@@ -120,6 +126,10 @@ class Gate:
         if self.team.size > 1 or world() == 1:
             return ""
         return ", or the gradients are averaged over processes by something else than DistributedDataParallel and FSDP2"
+
+    def _moved_elsewhere(self) -> str:
+        """A likelier cause than the source's own, if it is there."""
+        return MOVED if self.capture is not None and self.capture.moved_elsewhere() else ""
 
     def refuse(self, error: Exception) -> str:
         """No replay is used from here on; returns why, in one line."""
@@ -144,7 +154,7 @@ class Gate:
         if self.capture is not None or self.given is not None:
             return (
                 "no batch is remembered: probe_now() belongs between backward and step, and the loop must call the very model "
-                "and loss_fn that were given"
+                "and loss_fn that were given (compile the model, not the whole training step: hooks hear nothing in there)"
             )
         return (
             "there is no way to evaluate the loss again: give AdaptiveOptimizer model= and loss_fn= (a Module), a model with "

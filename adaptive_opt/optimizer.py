@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,  # pyright: ignore[reportPrivateUsage]
+    _global_optimizer_pre_hooks,  # pyright: ignore[reportPrivateUsage]
+)
 
 from adaptive_opt.capture import Ambient, Capture, device_of, original
 from adaptive_opt.controller import Controller
@@ -61,7 +64,7 @@ class AdaptiveOptimizer(Optimizer):
         validate: Callable[[], float] | None = None,
         sinks: Iterable[Sink] = (),
     ):
-        if probe is not None and not isinstance(probe, LanczosProbe):
+        if probe is not None and not isinstance(probe, LanczosProbe):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"AdaptiveOptimizer(probe={probe!r}): a LanczosProbe, for example LanczosProbe(overhead=0.05)")
         policy = RulePolicy() if policy is None else policy
         modes = {name: make() for name, make in MODES.items()} if modes is None else dict(modes)
@@ -136,7 +139,7 @@ class AdaptiveOptimizer(Optimizer):
         return loss
 
     # Not compiled, as torch's own: the loop synchronises, forks RNG and calls autograd.
-    _uncompiled_step = torch._disable_dynamo(_step)  # pyright: ignore[reportPrivateImportUsage]
+    _uncompiled_step = torch._disable_dynamo(_step)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
     @torch.no_grad()
     def _looked_at_step(self, closure: Callable[[], Any] | None, ambient: Ambient | None, loss: Any) -> None:
@@ -196,7 +199,7 @@ class AdaptiveOptimizer(Optimizer):
         """Listen to this model and loss from now on: at construction, and again after unpickling or deepcopy."""
         self.detach()
         _check_sources(self.base, model, loss_fn, objective)
-        self._capture = None if model is None else Capture(model, loss_fn)
+        self._capture = None if model is None else Capture(model, loss_fn, all_params(self.base))
         self.control.listen(None if model is None else original(model), self._capture, objective)
 
     def detach(self) -> None:
@@ -216,12 +219,14 @@ class AdaptiveOptimizer(Optimizer):
     @property
     def join_device(self) -> torch.device:
         """Where Join's own collective calls are made."""
-        return self._ddp().join_device
+        ddp: Any = self._ddp()  # torch gives these two no type
+        return ddp.join_device
 
     @property
     def join_process_group(self) -> Any:
         """The processes that Join waits for."""
-        return self._ddp().join_process_group
+        ddp: Any = self._ddp()
+        return ddp.join_process_group
 
     def _ddp(self) -> DistributedDataParallel:
         if self._capture is None or self._capture.ddp is None:
@@ -235,6 +240,8 @@ class AdaptiveOptimizer(Optimizer):
         if self.param_groups is self.base.param_groups and hasattr(self, "control"):
             self.base.add_param_group(param_group)
             self._link(self.base)
+            if self._capture is not None:
+                self._capture.hold(all_params(self.base))
         else:
             super().add_param_group(param_group)
 
@@ -301,10 +308,10 @@ class AdaptiveOptimizer(Optimizer):
         self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
 
     def _ambient(self) -> Ambient:
-        modules = self._capture.modules if self._capture is not None else []
+        modules, moving = ([], None) if self._capture is None else (self._capture.modules, self._capture.moving)
         model = self.control.gate.model
         device = device_of(model) if model is not None else self.param_groups[0]["params"][0].device
-        return Ambient.now(modules, device)
+        return Ambient.now(modules, device, moving)
 
     def _say(self, message: str) -> None:
         """A warning, once."""

@@ -90,7 +90,8 @@ class Reading:
         layers = tuple(LayerReading(**layer) for layer in d["layers"])
         lists = {k: tuple(d.get(k, ())) for k in ("ritz_values", "ritz_weights", "ritz_residuals", "notes")}
         numbers = {k: math.nan if d[k] is None else d[k] for k in ("loss", "grad_norm")}
-        return cls(**{**d, **lists, **numbers, "layers": layers})
+        fields: dict[str, Any] = {**d, **lists, **numbers, "layers": layers}
+        return cls(**fields)
 
 
 class Condition(StrEnum):
@@ -200,7 +201,9 @@ class History:
     mode: str = "base"
     mode_since: int = 0
     trial: str | None = None  # what is on trial now
-    not_before: dict[str, int] = field(default_factory=dict)  # treatment -> first step at which it may be tried (again)
+    not_before: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # treatment -> first step at which it may be tried (again)
     kappas: tuple[float, ...] = ()  # the last few kappa_effective, oldest first
     available: frozenset[str] | None = None  # modes and interventions that are there and fit the base; None: all
     can_replay: bool = False

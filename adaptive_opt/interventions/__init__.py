@@ -1,5 +1,8 @@
 """Interventions: done once, each with its own way back. One file an intervention."""
 
+from collections.abc import Callable
+from typing import Any
+
 from adaptive_opt.interventions.auto_step import AutoStep
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot
 from adaptive_opt.interventions.damp import Damp
@@ -8,7 +11,7 @@ from adaptive_opt.interventions.rollback import Rollback
 from adaptive_opt.interventions.spectral import Spectral
 from adaptive_opt.interventions.statistics import RunningStatistics
 
-INTERVENTIONS = {"damp": Damp, "rollback": Rollback, "escape": Escape, "spectral": Spectral}
+INTERVENTIONS: dict[str, Callable[[], Any]] = {"damp": Damp, "rollback": Rollback, "escape": Escape, "spectral": Spectral}
 
 __all__ = [
     "INTERVENTIONS",

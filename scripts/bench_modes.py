@@ -206,6 +206,7 @@ ARMS: dict[str, Callable[[Work, float], Any]] = {
     "AdamW": lambda w, lr: adamw(w.model.parameters(), lr),
     "AdamW, beta2 0.95": lambda w, lr: adamw(w.model.parameters(), lr, 0.95),
     "kfac": wrapped(KFAC),
+    "kfac, beta 0.95": wrapped(lambda: KFAC(beta=0.95)),
     "kfac, of layers": wrapped(lambda: KFAC("kfac")),
     "sam": wrapped(lambda: SAM(rho=0.05)),
     "sam, every 2nd": wrapped(lambda: SAM(rho=0.05, every=2)),
@@ -233,7 +234,9 @@ class Contest:
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CONTESTS = {
-    "poisson": Contest(poisson, "relative L2 error", 6, None, RATES, ("AdamW", "AdamW, beta2 0.95", "kfac", "SOAP (peer)")),
+    "poisson": Contest(
+        poisson, "relative L2 error", 6, None, RATES, ("AdamW", "AdamW, beta2 0.95", "kfac", "kfac, beta 0.95", "SOAP (peer)")
+    ),
     "noise": Contest(
         noise, "test error, %", 4, None, (1e-4, 3e-4, 1e-3, 3e-3), ("AdamW", "sam", "sam, every 2nd", "asam", "SAM (peer)")
     ),

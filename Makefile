@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: ablation demo dashboard-demo bench-dashboard bench-probe bench-idle test test-integrations test-slow lint clean
+.PHONY: ablation demo dashboard-demo bench-dashboard bench-probe bench-modes bench-idle test test-integrations test-slow lint clean
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,10 @@ test-slow: $(SETUP)  ## the long checks
 bench-probe: $(SETUP)  ## the curvature engine beside PyHessian, hessian-eigenthings and curvlinops (about 12 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_probe.py --figure docs/bench_probe.png
+
+bench-modes: $(SETUP)  ## the modes beside the bare base and the peers on five workloads (half an hour; goes on where it was cut off)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_modes.py --figure docs/bench_modes.png
 
 bench-idle: $(SETUP)  ## what the wrapper costs when it has nothing to do (a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_idle.py

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive_opt.modes import kronecker as kron
 
-COSTLY = 128  # rows of a block whose basis takes as long as the rest of a small step; larger ones turn more rarely
+COSTLY = 64  # rows; the basis of a larger block changes more rarely, in proportion (docs/evidence.md, "modes")
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from adaptive_opt.family import ELEMENTWISE, LINEAR, family, own_step
 from adaptive_opt.modes import kronecker as kron
 from adaptive_opt.modes.base import StepContext, all_params
 from adaptive_opt.modes.factors import Factors, interval, left_times, share_out, spectrum, times
-from adaptive_opt.modes.moments import carry, rescale_bias
+from adaptive_opt.modes.moments import carry, jensen_factor, rescale_bias
 from adaptive_opt.modes.taps import LayerTaps, samples
 from adaptive_opt.parallel import ALONE
 from adaptive_opt.sharded import is_sharded
@@ -37,7 +37,7 @@ class KFAC:
     used at many positions. beta: forgetting of the factors (measured: docs/evidence.md, "modes"). beta2: Adam's
     second-moment forgetting (RMSprop's alpha) for the preconditioned weights while the mode is on; 0.999 in a turning basis
     ruins it (docs/evidence.md); None leaves the base's own. every: steps between changes of basis, of small blocks; those
-    of b > 128 rows change b / 128 times as rarely. update_every: steps between updates of the factors. max_dim, max_blocks:
+    of b > 64 rows change b / 64 times as rarely. update_every: steps between updates of the factors. max_dim, max_blocks:
     a longer side is cut into blocks, a side that would need more of them is not rotated. method: "eigh", or "qr" for one
     step of power iteration at each change after the first. damping, ekfac: bases of SGD's kind only, see `_direction`.
 
@@ -58,7 +58,7 @@ class KFAC:
         beta2: float | None = 0.95,
         every: int = 10,
         update_every: int | None = None,
-        max_dim: int = 512,
+        max_dim: int = 256,
         max_blocks: int = 4,
         damping: float | None = None,
         method: str = "eigh",
@@ -115,7 +115,8 @@ class KFAC:
             state = ctx.base.state.get(p, {})
             for block in f.blocks:
                 if (left := block.leave()) is not None:
-                    carry(state, p.shape, slice(block.start, block.stop), block in f.left, *left)
+                    jensen = self._jensen(ctx, p, inside=True)
+                    carry(state, p.shape, slice(block.start, block.stop), block in f.left, *left, jensen)
             self._rescale(ctx, p, entering=False)
         self._factors, self._count = {}, 0
 
@@ -217,7 +218,7 @@ class KFAC:
                 if f.S is not None:
                     carry({"square_avg": f.S}, f.S.shape, rows, left, *turned)
                 continue
-            carry(ctx.base.state.get(p, {}), p.shape, rows, left, *turned)
+            carry(ctx.base.state.get(p, {}), p.shape, rows, left, *turned, self._jensen(ctx, p, inside=not first))
             if first:
                 self._rescale(ctx, p, entering=True)
 
@@ -305,6 +306,13 @@ class KFAC:
         own = float(group["betas"][1])
         other = min(self.beta2, own)
         rescale_bias(ctx.base.state.get(p, {}), *((own, other) if entering else (other, own)))
+
+    def _jensen(self, ctx: StepContext, p: Tensor, inside: bool) -> float:
+        betas = ctx.group_of(p).get("betas")
+        if betas is None:
+            return 1.0
+        beta1, beta2 = float(betas[0]), float(betas[1])
+        return jensen_factor(ctx.base.state.get(p, {}), (beta1, min(self.beta2 or 1.0, beta2) if inside else beta2))
 
     def _precondition_step(self, ctx: StepContext) -> None:
         """SGD's own step s becomes the direction D at the length of s."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,29 +18,44 @@ SQUARED_STEPS = ("acc_delta",)  # Adadelta's: by the squared rotation; the facto
 STEP_SIZES = ("step_size",)  # Rprop's: as their roots
 
 
-def carry(state: Mapping[str, Any], shape: torch.Size, rows: slice, left: bool, T: Tensor, correction: Tensor) -> None:
+def carry(
+    state: Mapping[str, Any], shape: torch.Size, rows: slice, left: bool, T: Tensor, correction: Tensor, jensen: float = 1.0
+) -> None:
     """Rows (left) or columns of every moment of a parameter of this shape, with x_new = T' x_old.
 
-    correction (b,): see `kronecker.correction`.
+    correction (b,): see `kronecker.correction`. It does not take a second moment below the square of the mean that stands
+    beside it, E[g^2] >= jensen * E[g]^2: factors that have not seen every gradient call a direction empty that the
+    momentum still moves along, and such a step has no bound.
     """
-    centered = "grad_avg" in state and "square_avg" in state  # RMSprop's: the variance is carried, so that it stays positive
-    if centered:
-        state["square_avg"].addcmul_(state["grad_avg"], state["grad_avg"], value=-1).clamp_(min=0)
-    for name, moment in state.items():
-        if not isinstance(moment, Tensor) or moment.shape != shape:
-            continue
-        if name in VECTORS:
-            _rewrite(moment, rows, left, lambda X: T.T @ X)
-        elif name in SQUARES:
-            _rewrite(moment, rows, left, lambda V: correction.unsqueeze(1) * ((T * T).T @ V))
-        elif name in MAGNITUDES:
-            _rewrite(moment, rows, left, lambda A: (correction.unsqueeze(1) * ((T * T).T @ (A * A))).sqrt())
-        elif name in SQUARED_STEPS:
-            _rewrite(moment, rows, left, lambda V: (T * T).T @ V)
-        elif name in STEP_SIZES:
-            _rewrite(moment, rows, left, lambda A: ((T * T).T @ (A * A)).sqrt())
-    if centered:
-        state["square_avg"].addcmul_(state["grad_avg"], state["grad_avg"], value=1 + 1e-6)  # more than rounding takes off
+    squared, C = T * T, correction.unsqueeze(1)
+    moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape}
+    centered = moments.get("square_avg") if "grad_avg" in moments else None
+    if centered is not None:  # RMSprop's: the variance is carried, so that it stays positive
+        centered.addcmul_(moments["grad_avg"], moments["grad_avg"], value=-1).clamp_(min=0)
+    for name in VECTORS:
+        _rewrite(moments.get(name), rows, left, lambda X: T.T @ X)
+    mean = _part(moments["exp_avg"], rows, left) if "exp_avg" in moments else T.new_zeros(())
+
+    def of_gradients(V: Tensor) -> Tensor:
+        plain = squared.T @ V
+        return torch.maximum(C * plain, torch.minimum(plain, jensen * mean * mean))
+
+    for name in SQUARES:
+        _rewrite(moments.get(name), rows, left, of_gradients)
+    for name in MAGNITUDES:
+        _rewrite(moments.get(name), rows, left, lambda A: of_gradients(A * A).sqrt())
+    for name in SQUARED_STEPS:
+        _rewrite(moments.get(name), rows, left, lambda V: squared.T @ V)
+    for name in STEP_SIZES:
+        _rewrite(moments.get(name), rows, left, lambda A: (squared.T @ (A * A)).sqrt())
+    if centered is not None:
+        centered.addcmul_(moments["grad_avg"], moments["grad_avg"], value=1 + 1e-6)  # more than rounding takes off
+
+
+def jensen_factor(state: Mapping[str, Any], betas: tuple[float, float]) -> float:
+    """(1 - beta2^t) / (1 - beta1^t)^2: Adam's two moments are not corrected for their bias."""
+    t = max(float(state.get("step", 0)), 1.0)
+    return (1 - betas[1] ** t) / (1 - betas[0] ** t) ** 2
 
 
 def rescale_bias(state: Mapping[str, Any], before: float, after: float) -> None:
@@ -54,7 +69,15 @@ def rescale_bias(state: Mapping[str, Any], before: float, after: float) -> None:
             state[name].mul_(ratio)
 
 
-def _rewrite(moment: Tensor, rows: slice, left: bool, rule: Any) -> None:
+def _part(moment: Tensor, rows: slice, left: bool) -> Tensor:
+    """(b, other side): the rows, or the columns as rows."""
+    M = kron.as_matrix(moment).to(torch.promote_types(moment.dtype, torch.float32))
+    return M[rows] if left else M[:, rows].T
+
+
+def _rewrite(moment: Tensor | None, rows: slice, left: bool, rule: Callable[[Tensor], Tensor]) -> None:
+    if moment is None:
+        return
     M = kron.as_matrix(moment).to(torch.promote_types(moment.dtype, torch.float32), copy=True)
     if left:
         M[rows] = rule(M[rows])

@@ -5,7 +5,7 @@ SETUP := .venv/.ready
 
 .PHONY: ablation demo dashboard-demo figures bench-dashboard bench-probe bench-idle test test-integrations test-slow lint clean
 
-$(SETUP): pyproject.toml constraints.txt
+$(SETUP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

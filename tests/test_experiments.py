@@ -218,9 +218,10 @@ def test_the_sweep_of_the_readme_runs(tmp_path):
 
 
 @pytest.mark.slow  # each worker imports torch
-def test_a_sweep_over_the_cores_gives_the_same_numbers(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    sweep("cores", tmp_path)
+@pytest.mark.parametrize(("launcher", "plugin"), [("cores", "hydra_joblib_launcher"), ("local", "hydra_submitit_launcher")])
+def test_a_sweep_over_processes_gives_the_same_numbers(launcher, plugin, tmp_path):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    sweep(launcher, tmp_path)
     run(composed("policy=rules", "seed=1", "steps=3"), tmp_path / "here")
     there = next(tmp_path.glob("*policy=rules,seed=1*/metrics.json"))
     assert there.read_bytes() == (tmp_path / "here" / "metrics.json").read_bytes()

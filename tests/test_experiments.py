@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from adaptive_opt import LanczosProbe
 from adaptive_opt.interventions import INTERVENTIONS
 from adaptive_opt.modes import MODES
 from experiments.faults import Faults
+from experiments.loop import Outcome
 from experiments.near import suggestions
 from experiments.schema import BASES, POLICIES, TASKS, schema
 from experiments.tasks import digits, mnist
@@ -181,6 +183,11 @@ def test_a_run_that_fails_says_why_in_its_folder(tmp_path):
         run(composed("faults.kind=other", "steps=2"), tmp_path)
     assert "kind='other'" in (tmp_path / "failed.txt").read_text().splitlines()[-1]
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_broken_batch_is_no_broken_run():
+    assert Outcome({}, [9.0] * 5 + [1.0] * 19 + [math.nan]).train_loss == 1.0
+    assert math.isnan(Outcome({}, [1.0] * 10 + [math.nan] * 10).train_loss)
 
 
 def test_held_out_samples_are_not_trained_on_and_judge_the_model():

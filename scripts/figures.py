@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
 from importlib import import_module
 from pathlib import Path
@@ -60,14 +61,21 @@ def main() -> int:
     return 0
 
 
+def wrapped(text: str) -> str:
+    """A paragraph, or a point of a list, in lines of 120 characters."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def section(drawn: Drawn, name: str) -> str:
     """One figure's part of the page."""
     lines = [f"## {drawn.title}", ""]
     lines += [f"![{drawn.title}](figures/{file})" for file in drawn.files]
-    lines += ["", drawn.caption, "", f"Seed {drawn.seed}; `python scripts/figures.py --only {name}`.", "", "What holds:", ""]
-    lines += [f"- {sentence}" for sentence in drawn.holds]
+    lines += ["", wrapped(drawn.caption), "", f"Seed {drawn.seed}; `python scripts/figures.py --only {name}`."]
+    lines += ["", "What holds:", ""]
+    lines += [wrapped(f"- {sentence}") for sentence in drawn.holds]
     lines += ["", "What does not, or not without a limit:", ""]
-    lines += [f"- {sentence}" for sentence in drawn.fails]
+    lines += [wrapped(f"- {sentence}") for sentence in drawn.fails]
     return "\n".join([*lines, ""])
 
 

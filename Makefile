@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: ablation demo dashboard-demo bench-dashboard bench-probe bench-modes bench-idle test test-integrations test-slow lint clean
+.PHONY: ablation demo dashboard-demo figures bench-dashboard bench-probe bench-modes bench-idle test test-integrations test-slow lint clean
 
-$(SETUP): pyproject.toml constraints.txt
+$(SETUP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
@@ -19,9 +19,12 @@ dashboard-demo: $(SETUP)  ## the dashboard on http://127.0.0.1:8050/ while a sic
 bench-dashboard: $(SETUP)  ## first paint, update and memory on a run of 100,000 lines (needs Chromium)
 	$(BIN)/python scripts/bench_dashboard.py
 
-ablation: $(SETUP)  ## every component switched off in turn: 9 workloads, 13 arms, 8 seeds (about 12 minutes on 2 cores; resumable)
+ablation: $(SETUP)  ## policies, and each component switched off in turn: 9 workloads, 16 arms, 6 seeds; resumable
 	$(BIN)/python experiments/train.py -m study=ablation
 	$(BIN)/python scripts/ablate.py runs/ablation
+
+figures: $(SETUP)  ## the article's figures, computed: docs/figures.md (a few minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/figures.py
 
 test: $(SETUP)  ## the default suite (under 6 minutes on 2 cores)
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptive_opt.checkup import checkup
     from adaptive_opt.optimizer import AdaptiveOptimizer
+    from adaptive_opt.policies import RandomPolicy, RoundRobinPolicy, TrialPolicy
     from adaptive_opt.policy import ConstantPolicy, RulePolicy
     from adaptive_opt.probe import LanczosProbe
     from adaptive_opt.records import Condition, Decision, Diagnosis, Event, Finding, LayerReading, Reading, StepReport
@@ -26,9 +27,12 @@ __all__ = [
     "Finding",
     "LanczosProbe",
     "LayerReading",
+    "RandomPolicy",
     "Reading",
+    "RoundRobinPolicy",
     "RulePolicy",
     "StepReport",
+    "TrialPolicy",
     "checkup",
 ]
 __version__ = "0.1.0"
@@ -36,7 +40,10 @@ _FILES = {  # public name -> its file; all others are records
     "AdaptiveOptimizer": "optimizer",
     "ConstantPolicy": "policy",
     "LanczosProbe": "probe",
+    "RandomPolicy": "policies",
+    "RoundRobinPolicy": "policies",
     "RulePolicy": "policy",
+    "TrialPolicy": "policies",
     "checkup": "checkup",
 }
 

@@ -32,6 +32,7 @@ from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
 from adaptive_opt.records import Decision, Event, History, LayerReading, Reading, StepReport, Trend
 from adaptive_opt.sharded import gathered, is_sharded
 from adaptive_opt.signals import Signals
+from adaptive_opt.stays import Stays
 from adaptive_opt.verify import Trial
 
 SAMPLE_EVERY = (
@@ -65,6 +66,7 @@ class Controller:
         self.memory = ProbeMemory(torch.Generator().manual_seed(probe.seed))
         self.signals = Signals()
         self.statistics = RunningStatistics()
+        self.stays = Stays()
         self.steps = 0
         self.mode, self.mode_since = "base", 0
         self.mode_is_treatment = False  # entered because something was wrong, not because a baseline says so
@@ -119,6 +121,8 @@ class Controller:
         if not instead:
             self._take_step(ctx, trend, events)
         self.treatment_cost += ctx.cost
+        if not instead:
+            self.stays.remember(self.steps, self.mode, trend.loss, self.treatment_cost)
         report = StepReport(
             step=self.steps,
             loss=trend.loss,
@@ -349,6 +353,7 @@ class Controller:
             available=self.available,
             can_replay=self.gate.trusted is True,
             can_validate=self.validate is not None and self.all_validate,
+            stays=tuple(self.stays.stays),
         )
 
     def _say_untreated(self, trend: Trend, decision: Decision, events: list[Event]) -> None:
@@ -526,7 +531,8 @@ class Controller:
         self.reading = None if state["reading"] is None else Reading.from_dict(state["reading"])
         self.trial = Trial.from_state_dict(state["trial"])
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if name in state:  # a checkpoint of before there were stays has none
+                part.load_state_dict(state[name])
         for kind, mine in (("modes", self.modes), ("interventions", self.interventions)):
             for name in mine.keys() & state[kind].keys():
                 mine[name].load_state_dict(state[kind][name])
@@ -540,4 +546,10 @@ class Controller:
             )
 
     def _parts(self) -> dict[str, Any]:
-        return {"gate": self.gate, "probe": self.memory, "signals": self.signals, "statistics": self.statistics}
+        return {
+            "gate": self.gate,
+            "probe": self.memory,
+            "signals": self.signals,
+            "statistics": self.statistics,
+            "stays": self.stays,
+        }

@@ -194,6 +194,17 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Stay:
+    """A stretch of steps in one mode."""
+
+    mode: str
+    since: int  # its first step
+    steps: int = 0  # taken in it so far
+    spent: float = 0.0  # gradient-equivalents: its steps, and the replays of its mode and of treatments
+    levels: tuple[float, ...] = ()  # median loss of every ten steps, oldest first; the latest 60
+
+
+@dataclass(frozen=True)
 class History:
     """What a policy may know of the past: pure data."""
 
@@ -208,3 +219,4 @@ class History:
     available: frozenset[str] | None = None  # modes and interventions that are there and fit the base; None: all
     can_replay: bool = False
     can_validate: bool = False
+    stays: tuple[Stay, ...] = ()  # the latest, oldest first; the last one is the present

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -36,8 +37,10 @@ class Outcome:
 
     @property
     def train_loss(self) -> float:
-        """Mean training loss of the last 20 steps; NaN if one of them is."""
-        return fmean(self.losses[-20:])
+        """Mean training loss of the last 20 steps; batches of NaN are left out, and half of them or more make it NaN."""
+        last = self.losses[-20:]
+        finite = [loss for loss in last if math.isfinite(loss)]
+        return fmean(finite) if 2 * len(finite) > len(last) else math.nan
 
 
 def train(

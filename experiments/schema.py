@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 
-from adaptive_opt import ConstantPolicy, LanczosProbe, RulePolicy
+from adaptive_opt import ConstantPolicy, LanczosProbe, RandomPolicy, RoundRobinPolicy, RulePolicy, TrialPolicy
 from adaptive_opt.interventions import INTERVENTIONS
 from adaptive_opt.modes import MODES
 
@@ -34,7 +34,13 @@ BASES: dict[str, type] = {
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
-POLICIES: dict[str, type] = {"constant": ConstantPolicy, "rules": RulePolicy}
+POLICIES: dict[str, type] = {
+    "constant": ConstantPolicy,
+    "random": RandomPolicy,
+    "round_robin": RoundRobinPolicy,
+    "rules": RulePolicy,
+    "trial": TrialPolicy,
+}
 PLAIN = (bool, int, float, str)
 
 
@@ -142,7 +148,7 @@ def register() -> None:
     """Put the schemas where the config files look for them."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Train)
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "task": TASKS,
         "policy": POLICIES,
         "probe": {"lanczos": LanczosProbe},

@@ -30,13 +30,15 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "signals": {"records"},
     "diagnosis": {"records"},
     "policy": {"records"},
+    "policies": {"policy", "records"},
+    "stays": {"records"},
     "verify": {"interventions", "objective", "records"},
     "gate": {"capture", "curvature", "modes", "objective", "parallel"},
     "modes": {"capture", "curvature", "family", "objective", "parallel", "records", "sharded"},
     "interventions": {"family", "metric", "modes", "objective", "records", "curvature", "probe", "sharded"},
     "controller": {
         "capture", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice", "objective",
-        "parallel", "policy", "probe", "records", "sharded", "signals", "verify",
+        "parallel", "policy", "probe", "records", "sharded", "signals", "stays", "verify",
     },
     "optimizer": {
         "capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records", "sharded",

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from adaptive_opt import LanczosProbe
 from adaptive_opt.interventions import INTERVENTIONS
 from adaptive_opt.modes import MODES
 from experiments.faults import Faults
+from experiments.loop import Outcome
 from experiments.near import suggestions
 from experiments.schema import BASES, POLICIES, TASKS, schema
 from experiments.tasks import digits, mnist
@@ -183,6 +185,11 @@ def test_a_run_that_fails_says_why_in_its_folder(tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
+def test_a_broken_batch_is_no_broken_run():
+    assert Outcome({}, [9.0] * 5 + [1.0] * 19 + [math.nan]).train_loss == 1.0
+    assert math.isnan(Outcome({}, [1.0] * 10 + [math.nan] * 10).train_loss)
+
+
 def test_held_out_samples_are_not_trained_on_and_judge_the_model():
     task = Digits(seed=0, validation=200)
     assert len(task.train[0]) == 1200
@@ -218,9 +225,10 @@ def test_the_sweep_of_the_readme_runs(tmp_path):
 
 
 @pytest.mark.slow  # each worker imports torch
-def test_a_sweep_over_the_cores_gives_the_same_numbers(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    sweep("cores", tmp_path)
+@pytest.mark.parametrize(("launcher", "plugin"), [("cores", "hydra_joblib_launcher"), ("local", "hydra_submitit_launcher")])
+def test_a_sweep_over_processes_gives_the_same_numbers(launcher, plugin, tmp_path):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    sweep(launcher, tmp_path)
     run(composed("policy=rules", "seed=1", "steps=3"), tmp_path / "here")
     there = next(tmp_path.glob("*policy=rules,seed=1*/metrics.json"))
     assert there.read_bytes() == (tmp_path / "here" / "metrics.json").read_bytes()

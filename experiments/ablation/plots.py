@@ -22,7 +22,9 @@ COSTS = {"gradients_to_target": "gradient-equivalents", "seconds_to_target": "se
 
 def differences(table: Sequence[Line], reference: str, path: Path) -> None:
     """A panel a workload: each arm minus the reference on equal seeds, with its 95 % interval."""
-    workloads = list(dict.fromkeys(line.workload for line in table))
+    workloads = list(dict.fromkeys(line.workload for line in table if line.versus is not None))
+    if not workloads:
+        return
     columns = min(3, len(workloads))
     rows = -(-len(workloads) // columns)
     most = max(sum(line.workload == w for line in table) for w in workloads)

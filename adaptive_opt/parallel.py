@@ -183,7 +183,6 @@ class Reduced:
     def __init__(self, inner: Operator, team: Team):
         self.inner, self.team, self.backend = inner, team, inner.backend
         (self.gradient,) = team.mean_of(lambda: [inner.gradient], [inner.gradient])
-
         self.products = 0
 
     def __call__(self, v: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ def refusal(model: nn.Module) -> str | None:
         return "the parameters are sharded over several meshes"
     if mesh.ndim > 2 or (mesh.ndim == 2 and not layout[0].is_replicate()):
         return f"the parameters are laid out as {layout}: only (shard) and (replicate, shard) can be replayed"
+    if mesh.ndim == 2 and mesh.size() != torch.distributed.get_world_size():
+        return f"the mesh {tuple(mesh.shape)} has {mesh.size()} of {torch.distributed.get_world_size()} processes"
     cast = next((s._mp_policy.param_dtype for s in states if s._mp_policy.param_dtype is not None), None)
     if cast is not None:
         return f"MixedPrecisionPolicy(param_dtype={cast}): a replay of the whole parameters would run in another precision"

@@ -240,6 +240,7 @@ CONTESTS = {
     "noise": Contest(
         noise, "test error, %", 4, None, (1e-4, 3e-4, 1e-3, 3e-3), ("AdamW", "sam", "sam, every 2nd", "asam", "SAM (peer)")
     ),
+    "noise, equal steps": Contest(noise, "test error, %", None, 2000, (1e-4, 3e-4, 1e-3, 3e-3), ("AdamW", "sam")),
     "gpt": Contest(gpt, "validation loss", 8, None, RATES, ("AdamW", "kfac", "SOAP (peer)")),
     "gpt, equal steps": Contest(gpt, "validation loss", None, 400, RATES, ("AdamW", "kfac", "SOAP (peer)")),
     "autoencoder": Contest(autoencoder, "train MSE", 4, None, RATES, ("AdamW", "kfac", "SOAP (peer)")),

@@ -502,6 +502,23 @@ def test_momentum_along_a_direction_that_the_factors_call_empty_makes_no_step_wi
         assert (W - before).norm() < 5 * 1e-2 * W.numel() ** 0.5
 
 
+def test_the_second_moment_of_dead_units_does_not_grow_from_basis_to_basis():
+    """All that the factor says of them is rounding; once a quotient of two roundings made infinity of it."""
+    torch.manual_seed(0)
+    W = torch.zeros(64, 64, requires_grad=True)
+    base = o.Adam([W], lr=1e-3)
+    mode, ctx = KFAC(every=2), context(base, W)
+    mode.enter(ctx)
+    alive = torch.randn(64, 8)
+    for t in range(300):
+        G = alive @ torch.randn(8, 8) @ alive.T
+        G[torch.randperm(64)[:60] if t < 40 else torch.arange(4, 64)] = 0
+        W.grad = 0.98**t * G
+        mode.step(ctx)
+    assert float(base.state[W]["exp_avg_sq"].sum()) <= float((64 * 64 * alive.norm() ** 4))
+    assert torch.isfinite(W).all()
+
+
 def test_changes_of_basis_are_spread_and_the_costly_ones_are_rare():
     blocks = [Block(0, n, torch.zeros(n, n)) for n in (512, 384, 128, 128, 128, 64, 64, 10)]
     share_out(blocks, now=1, every=4)

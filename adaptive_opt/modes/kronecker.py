@@ -71,10 +71,12 @@ def correction(T: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
     (T*T)'v takes the entries of a gradient for uncorrelated. The factor has their correlations: it says `before` along the
     old basis and `after` along the new one, where the squared rotation of `before` would say otherwise. 1 where the factor
-    is diagonal, and where nothing turns; never above the number of rows (Cauchy-Schwarz), also where rounding would have it.
+    is diagonal, where nothing turns, and where all it has is rounding (units that are dead): a quotient of two roundings,
+    once a change of basis, grows without bound. Never above the number of rows (Cauchy-Schwarz).
     """
-    implied = ((T * T).T @ before).clamp_min(torch.finfo(after.dtype).tiny)
-    return (after / implied).clamp_max(len(T))
+    implied = (T * T).T @ before
+    rounding = len(T) * torch.finfo(after.dtype).eps * after.max() + torch.finfo(after.dtype).tiny
+    return ((after + rounding) / (implied + rounding)).clamp_max(len(T))
 
 
 def damped_inverse(left: Tensor, right: Tensor, damping: float) -> Tensor:

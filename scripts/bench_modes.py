@@ -497,8 +497,11 @@ def draw(book: Book, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = [name for name in CONTESTS if summary(book, name)]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    lines = -(-len(names) // 4)
+    figure, axes = plt.subplots(lines, 4, figsize=(15, 3 * lines), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
         rows = summary(book, name)[::-1]
         axis.errorbar([r["mean"] for r in rows], range(len(rows)), xerr=[r["half"] for r in rows], fmt="o", capsize=3)
         axis.set_yticks(range(len(rows)), [r["arm"] for r in rows], fontsize=7)

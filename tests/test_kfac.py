@@ -515,7 +515,7 @@ def test_the_second_moment_of_dead_units_does_not_grow_from_basis_to_basis():
         G[torch.randperm(64)[:60] if t < 40 else torch.arange(4, 64)] = 0
         W.grad = 0.98**t * G
         mode.step(ctx)
-    assert float(base.state[W]["exp_avg_sq"].sum()) <= float((64 * 64 * alive.norm() ** 4))
+    assert float(base.state[W]["exp_avg_sq"].sum()) <= float(64 * 64 * alive.norm() ** 4)
     assert torch.isfinite(W).all()
 
 

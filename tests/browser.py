@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,11 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
     def overlaps(self):
-        """Number of pieces of text, and those that overlap or stick out."""
-        return self.driver.execute_script(OVERLAPS)
+        """Number of pieces of text, and those that overlap or stick out once the figures have taken their places."""
+        ends = time.monotonic() + 5
+        while (found := self.driver.execute_script(OVERLAPS))[1] and time.monotonic() < ends:
+            time.sleep(0.1)
+        return found
 
     def picture(self, path):
         """The whole page as a PNG."""

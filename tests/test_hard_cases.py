@@ -331,8 +331,8 @@ def test_a_treatment_that_is_not_there_is_refused_or_passed_over():
     base = torch.optim.SGD(problem.model.parameters(), lr=0.05)
     with pytest.raises(ValueError, match=r"\['rolback'\] is not one of"):
         AdaptiveOptimizer(base, policy=ConstantPolicy("base", ("rolback",)))
-    with pytest.raises(ValueError, match=r"kfac knows the rules of .* Adadelta is none of them"):
-        AdaptiveOptimizer(torch.optim.Adadelta(problem.model.parameters()), policy=ConstantPolicy("kfac"))
+    with pytest.raises(ValueError, match=r"kfac knows the rules of .* Adafactor is none of them"):
+        AdaptiveOptimizer(torch.optim.Adafactor(problem.model.parameters()), policy=ConstantPolicy("kfac"))
     control = AdaptiveOptimizer(base, modes={"base": BaseStep()}).control
     assert "kfac" not in control.available
 

@@ -10,18 +10,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from adaptive_opt.records import StepReport
-
-SCALARS = (
-    "kappa",
-    "kappa_effective",
-    "epsilon",
-    "delta",
-    "lambda_max",
-    "lambda_min",
-    "stability",
-    "overshoot",
-    "trace",
-)
+from adaptive_opt.telemetry.scalars import scalars
 
 
 class TensorBoardSink:
@@ -36,16 +25,8 @@ class TensorBoardSink:
         self.pictures = pictures
 
     def __call__(self, report: StepReport) -> None:
-        if report.loss is not None:
-            self.writer.add_scalar("train/loss", report.loss, report.step)
-        self.writer.add_scalar("train/lr_effective", report.lr * report.lr_scale, report.step)
-        if report.reading is not None:
-            for name in SCALARS:
-                value = getattr(report.reading, name)
-                if value is not None:
-                    self.writer.add_scalar(f"reading/{name}", value, report.step)
-            for layer in report.reading.layers:
-                self.writer.add_scalar(f"sigma_rms/{layer.name}", layer.sigma_rms, report.step)
+        for name, value in scalars(report).items():
+            self.writer.add_scalar(name, value, report.step)
         for event in report.events:
             self.writer.add_text("events", event.sentence(), report.step)
         picture = self.pictures(report) if self.pictures is not None else None

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch.optim import Optimizer
 
 from adaptive_opt.family import family
 from adaptive_opt.interventions.base import Applied, Patient
-from adaptive_opt.interventions.damp import STATE as DAMP_STATE
 from adaptive_opt.interventions.damp import Damp, fraction_of_limit
 from adaptive_opt.metric import RULES
 from adaptive_opt.records import Reading
 
 FLATTER = 0.1  # of what the readings so far say: a single flat batch counts no further
-STATE = (*DAMP_STATE, "peak", "lr", "wanted")
 
 
 class AutoStep(Damp):
@@ -28,6 +25,8 @@ class AutoStep(Damp):
 
     bounds: the least and the largest effective learning rate.
     """
+
+    state = (*Damp.state, "peak", "lr", "wanted")
 
     def __init__(self, hold: float = 0.5, rule: str = "both", bounds: tuple[float, float] = (0.0, math.inf)):
         super().__init__(hold=hold, rule=rule)
@@ -79,7 +78,6 @@ class AutoStep(Damp):
             self.moved = False
         elif first:  # no descent or no upward curvature along the step: as long as the limit allows, until the next reading
             self.overshoot = self.stability + math.log(self.hold / self.fraction)
-        self.readings += 1
         self._hold()
         if not first:
             return None
@@ -91,13 +89,6 @@ class AutoStep(Damp):
     def press_on(self) -> bool:
         return False
 
-    def state_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in STATE}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for k in STATE:
-            setattr(self, k, state[k])
-
     def _averaged(self, so_far: float, value: float, weight: float) -> float:
         new = math.log(value)
         if weight < 1:
@@ -105,7 +96,5 @@ class AutoStep(Damp):
         return so_far + weight * (new - so_far)
 
     def _hold(self) -> None:
-        limit, step = self.fraction / math.exp(self.stability), self.hold / math.exp(self.overshoot)
-        wanted = {"step": step, "limit": limit, "both": math.sqrt(step * limit)}[self.rule]
-        self.wanted = min(max(wanted, self.bounds[0]), self.bounds[1])
+        self.wanted = min(max(self._length(), self.bounds[0]), self.bounds[1])
         self.see(self.lr)

@@ -13,7 +13,6 @@ from adaptive_opt.records import Reading
 
 MOMENTUM, PLAIN, ADAPTIVE = 0.15, 0.5, 1.0  # of the stability limit; measured: docs/evidence.md, "rates"
 LET_GO = 2.0  # times the limit: not above what the diagnosis calls unstable
-STATE = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction", "moved")
 
 
 class Damp:
@@ -28,6 +27,7 @@ class Damp:
     """
 
     name = "damp"
+    state = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction", "moved")  # of a checkpoint
 
     @property
     def watched(self) -> bool:
@@ -100,15 +100,18 @@ class Damp:
         return True
 
     def _hold(self) -> None:
+        self.scale = min(1.0, self._length() * 0.5**self.halved)
+
+    def _length(self) -> float:
+        """What the rule allows the step to be, in units of the one that the averages are of."""
         limit, step = self.fraction / math.exp(self.stability), self.hold / math.exp(self.overshoot)
-        wanted = {"step": step, "limit": limit, "both": math.sqrt(step * limit)}[self.rule]
-        self.scale = min(1.0, wanted * 0.5**self.halved)
+        return {"step": step, "limit": limit, "both": math.sqrt(step * limit)}[self.rule]
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in STATE}
+        return {k: getattr(self, k) for k in self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for k in STATE:
+        for k in self.state:
             setattr(self, k, state[k])
 
 

@@ -26,13 +26,6 @@ TURNED = 0.02
 
 
 @pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
 def four():
     ranks = Ranks(4)
     yield ranks

@@ -19,13 +19,6 @@ from adaptive_opt.integrations.checkpoint import OptimizerState
 
 
 @pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
 def alone():
     ranks = Ranks(1)
     yield ranks

@@ -33,11 +33,13 @@ class Metric:
     limit: float  # the smallest over the groups
 
 
-def metric(base: Optimizer, grads: dict[Tensor, Tensor]) -> Metric | None:
+def metric(base: Optimizer, grads: dict[Tensor, Tensor], age: int | None = None) -> Metric | None:
     """The metric of the step that `base` is about to take with `grads`; None for an optimizer it does not know.
 
     The state is advanced on paper by these gradients, as `base.step()` will: at the first step too it is the step's own
-    (RMSprop's without the transient of its first 1 / (1 - alpha) steps, which healthy runs survive).
+    (RMSprop's without the transient of its first 1 / (1 - alpha) steps, which healthy runs survive). age: steps that the
+    state has behind it since it was empty. With it, the momentum of SGD and RMSprop counts as long as it becomes once it has
+    filled, which Adam's own correction does too: a heavy ball's first step is a tenth of those that it soon takes.
     """
     roots, momenta, limits = [], [], []
     for group in base.param_groups:
@@ -49,7 +51,7 @@ def metric(base: Optimizer, grads: dict[Tensor, Tensor]) -> Metric | None:
                 scale, m = rule(group, base.state.get(p, {}), grads[p])
                 root = (float(group["lr"]) * scale).clamp_min(0).sqrt()
                 roots.append(root)
-                momenta.append(root * m)
+                momenta.append(root * (m / _filled(group, base.state.get(p, {}), age)))
                 limits.append(_limit(base, group))
     if not roots:
         return None
@@ -74,6 +76,17 @@ def _limit(base: Optimizer, group: Group) -> float:
         return 2 * (1 + beta) / (1 + 2 * beta)
     damping = float(group.get("dampening", 0.0)) if beta else 0.0  # torch dampens only what has momentum
     return 2 * (1 + beta) / max(1 - damping, 1e-12)
+
+
+def _filled(group: Group, state: dict[str, Any], age: int | None) -> float:
+    """What a momentum that began at zero has by now of its final length, the gradient being the same at every step."""
+    beta = float(group.get("momentum") or 0.0)
+    damping = float(group.get("dampening", 0.0))
+    if age is None or not 0 < beta < 1 or damping >= 1:
+        return 1.0
+    kept, final = beta**age, (1 - damping) / (1 - beta)
+    length = kept + (1 - kept) * final
+    return (1 + beta * length) / (1 + beta * final) if group.get("nesterov") else length / final
 
 
 def _sgd(group: Group, state: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ class LanczosProbe(Schedule):
             curvature=self.curvature,
             weight_norm=float(norm(flatten(target.params))),
         )
-        m = self._metric(base, target.params, memory, notes)  # before the replay, which lends no .grad
+        m = self._metric(base, target.params, memory, step, notes)  # before the replay, which lends no .grad
         cost = 0.0
 
         def instead(why: str) -> Reading:
@@ -167,8 +167,13 @@ class LanczosProbe(Schedule):
             memory.generator.set_state(drawn)
         return reading
 
-    def _metric(self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, notes: list[str]) -> Metric | None:
-        m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None})
+    def _metric(
+        self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, step: int, notes: list[str]
+    ) -> Metric | None:
+        if base is not None and not base.state:
+            memory.began = step
+        age = None if memory.began is None else step - memory.began
+        m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None}, age)
         if m is not None and m.root.numel() == sum(p.numel() for p in params):
             if m.averaged is m.momentum and not m.averages:  # what the steps since the last reading add up to
                 here = flatten(params)

@@ -58,7 +58,7 @@ class Reading:
     # what the base optimizer feels
     stability: float | None = None  # lr * lambda_max(P^1/2 H P^1/2) / limit: 1 is the edge of stability
     stability_error: float | None = None
-    overshoot: float | None = None  # (d'Hd / 2) / |g'd| of the coming step d: above 1 it steps over the valley
+    overshoot: float | None = None  # (d'Hd / 2) / |g'd| of the step d, momentum filled: above 1 it steps over the valley
     sharpness_score: float | None = None  # 0..100 = 100 * min(1, stability)
     # the whole spectrum
     trace: float | None = None

@@ -191,3 +191,19 @@ def test_unknown_and_maximizing_optimizers_have_no_metric():
 def test_parameters_without_a_gradient_take_no_part():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     assert metric(optim.SGD([a, b], lr=0.1), {b: torch.ones(3)}).root.numel() == 3
+
+
+@pytest.mark.parametrize("kind", [{}, {"nesterov": True}, {"dampening": 0.3}, {"dampening": 0.9}])
+def test_a_momentum_that_is_still_filling_counts_as_long_as_it_becomes(kind):
+    w, g = nn.Parameter(torch.zeros(3, dtype=torch.float64)), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    base = optim.SGD([w], lr=0.1, momentum=0.9, **kind)
+    seen = []
+    for t in range(400):
+        w.grad = g.clone()
+        m = metric(base, {w: g}, age=t)
+        seen.append(m.root * m.momentum)
+        before = w.detach().clone()
+        base.step()
+    final = before - w.detach()
+    for displacement in seen:
+        torch.testing.assert_close(displacement, final)

@@ -33,7 +33,6 @@ class AutoStep(Damp):
         if not 0 <= bounds[0] < bounds[1]:
             raise ValueError(f"AutoStep(bounds={bounds}): the least learning rate, then a larger one")
         self.bounds = bounds
-        self.beta = 0.0
         self.peak = 0.0  # the largest lr that the schedule has given so far
         self.lr = 0.0  # the present one
         self.wanted: float | None = None  # effective learning rate at the peak of the schedule; None before the first reading
@@ -46,7 +45,6 @@ class AutoStep(Damp):
                 f"not known, so there is nothing to take a learning rate from; known are {', '.join(sorted(RULES))}"
             )
         self.fraction = fraction_of_limit(base)
-        self.beta = max((float(g.get("momentum") or 0.0) for g in base.param_groups), default=0.0)  # Adam corrects for its own
 
     @property
     def engaged(self) -> bool:
@@ -72,9 +70,7 @@ class AutoStep(Damp):
             weight = 1.0
         self.stability = self._averaged(self.stability, reading.stability / self.lr, weight)
         if reading.overshoot is not None:
-            # a momentum that began at zero becomes 1 / grown times as long by and by; what Adam's becomes is corrected for
-            grown = 1 - self.beta ** (reading.step + 1)
-            self.overshoot = self._averaged(self.overshoot, reading.overshoot / (self.lr * grown), weight)
+            self.overshoot = self._averaged(self.overshoot, reading.overshoot / self.lr, weight)
             self.moved = False
         elif first:  # no descent or no upward curvature along the step: as long as the limit allows, until the next reading
             self.overshoot = self.stability + math.log(self.hold / self.fraction)

@@ -96,6 +96,19 @@ def test_parameters_overwritten_with_nan_are_restored():
             assert "went back to the parameters of step 25" in optimizer.report.events[0].done
 
 
+def test_parameters_are_restored_however_often_they_were_before():
+    problem = make("mlp", 120)
+    optimizer = AdaptiveOptimizer(torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion)
+    for i, (x, y) in enumerate(problem.batches):
+        if i >= 40 and i % 4 == 0:  # 20 times, more than the 8 returns that a stretch without calm has
+            with torch.no_grad():
+                next(problem.model.parameters()).fill_(math.nan)
+        optimizer.zero_grad()
+        problem.criterion(problem.model(x), y).backward()
+        optimizer.step()
+        assert all(torch.isfinite(p).all() for p in problem.model.parameters())
+
+
 def test_rollback_never_loops_when_every_batch_is_broken():
     problem = make("mlp", 200)
     optimizer = AdaptiveOptimizer(torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion)

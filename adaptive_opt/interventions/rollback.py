@@ -21,7 +21,7 @@ class Rollback:
     every: good steps between snapshots. patience: bad steps in a row that are blamed on the batch; after that the
     parameters are. shrink: factor on the step for each return without a calm stretch since; the step grows back by 2 % a
     good step, slower after each return. most: returns without a calm stretch; after them it only skips what is not
-    finite, so that it never loops. Two snapshots at most are kept (the latest and the best); each costs the size of the
+    finite, so that it never loops, and still restores parameters that are not finite. Two snapshots at most are kept (the latest and the best); each costs the size of the
     parameters and the base's state, on their device.
     """
 
@@ -49,13 +49,13 @@ class Rollback:
         if sick_step and not broken and self.bad < self.patience:
             return skipped
         target = self.latest if sick_step and self.returns < 2 else self.best
-        if target is None or self.returns >= self.most:
+        if target is None or (self.returns >= self.most and not broken):
             return skipped if not trend.finite else None
         if trend.finite and not self._better_there(patient, target):
             self.bad, self.best_level = 0, None
             done = f"took it for a change of the data: the parameters of step {target.step} do no better on this batch"
             return Applied(done, forget=True)
-        self.returns += 1
+        self.returns = min(self.returns + 1, self.most)
         self.good, self.bad = 0, 0
         self.scale = self.shrink**self.returns
         done = f"went back to the parameters of step {target.step}, steps shortened to {self.scale:.3g}"

@@ -1,8 +1,8 @@
-"""A run with faults at random steps, as a program that can be killed: python tests/soaking.py DIR --base adamw --style closure ...
+"""A run with faults at random steps, as a program that can be killed: python tests/soaking.py DIR --base adamw ...
 
-Every step's loss and the checksum of its parameters go into DIR/log; DIR/checkpoint.pt is written every `--every` steps. Started
-again it goes on from there. What breaks is drawn from the seed and the step alone, so that a run that was killed meets the same
-faults.
+Every step's loss and the checksum of its parameters go into DIR/log; DIR/checkpoint.pt is written every `--every` steps.
+Started again it goes on from there. What breaks is drawn from the seed and the step alone, so that a run that was killed
+meets the same faults.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A long run in which everything breaks now and then: no error of ours, no parameter that is not finite, and exact resumption."""
+"""A long run in which everything breaks now and then: no error of ours, every parameter finite, exact resumption."""
 
 import random
 import signal
@@ -15,14 +15,11 @@ COMBINATIONS = [(style, base) for style in STYLES for base in BASES]
 
 def killed_and_resumed(folder, style, base, steps, kills, **options):
     """The log of a run whose process is killed at these steps, each time started again; the last part runs here."""
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     for step in kills:
-        done = subprocess.run(
-            [sys.executable, str(HERE / "soaking.py"), str(folder), "--style", style, "--base", base, "--steps", str(steps)]
-            + ["--die-at", str(step), *words],
-            capture_output=True,
-            text=True,
-        )
+        arguments = {"style": style, "base": base, "steps": steps, "die-at": step, **options}
+        words = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
+        program = [sys.executable, str(HERE / "soaking.py"), str(folder), *words]
+        done = subprocess.run(program, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
     soak(folder, base, style, steps=steps, **options)
     return (folder / "log").read_text()

@@ -21,8 +21,8 @@ class Rollback:
     every: good steps between snapshots. patience: bad steps in a row that are blamed on the batch; after that the
     parameters are. shrink: factor on the step for each return without a calm stretch since; the step grows back by 2 % a
     good step, slower after each return. most: returns without a calm stretch; after them it only skips what is not
-    finite, so that it never loops, and still restores parameters that are not finite. Two snapshots at most are kept (the latest and the best); each costs the size of the
-    parameters and the base's state, on their device.
+    finite, so that it never loops, and still restores parameters that are not finite. Two snapshots at most are kept (the
+    latest and the best); each costs the size of the parameters and the base's state, on their device.
     """
 
     name = "rollback"

@@ -39,7 +39,7 @@ SAMPLE_EVERY = (
     10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
 )
 MODE_TRIAL = 50  # steps that a mode is given to show its gain: as many as it is compared with
-TRUST_MODE, TRUST_READING = 50, 200  # steps after which a mode that replays, or a reading, asks the gate again
+TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, or a reading, asks the gate again
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 COOL_DOWN = 100  # steps before a treatment that was taken back may be tried again; doubled each time
 PLAIN_STATE = ("steps", "mode", "mode_since", "mode_is_treatment", "treatment_cost", "alarm", "last_trust", "said_untreated")

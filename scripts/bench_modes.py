@@ -100,7 +100,7 @@ def autoencoder(seed: int) -> Work:
         rows = x[torch.randint(0, len(x), (128,))]
         return rows, rows
 
-    return Work(model, batch, lambda: float(F.mse_loss(model(x), x)), nn.MSELoss())
+    return Work(model, batch, lambda: float(F.mse_loss(model(x), x).detach()), nn.MSELoss())
 
 
 def gpt(seed: int, width: int = 64, depth: int = 2, samples: int = 16) -> Work:
@@ -113,7 +113,7 @@ def gpt(seed: int, width: int = 64, depth: int = 2, samples: int = 16) -> Work:
     text = torch.tensor([letters[c] for c in source])
     cut = len(text) * 9 // 10
     torch.manual_seed(seed)
-    model = GPT(len(letters), width, depth)
+    model = nn.Sequential(GPT(len(letters), width, depth), nn.Flatten(0, 1))
 
     def draw(low: int, high: int, count: int) -> tuple[Tensor, Tensor]:
         t = text[torch.randint(low, high - 65, (count, 1)) + torch.arange(65)]

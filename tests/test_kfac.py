@@ -519,6 +519,22 @@ def test_the_second_moment_of_dead_units_does_not_grow_from_basis_to_basis():
     assert torch.isfinite(W).all()
 
 
+def test_a_large_block_sees_every_kth_gradient_that_weighs_as_k_do():
+    """And the one of the step at which its basis changes: 150 rows are two of 64, 40 are one."""
+    torch.manual_seed(0)
+    f = Factors.of(torch.zeros(150, 40), 256, 4)
+    left, right = f.left[0], f.right[0]
+    left.due, every = 7, torch.zeros(150, 150)
+    for now in range(1, 10):
+        G = torch.randn(150, 40)
+        f.observe(G, 0.9, now)
+        if now % 2 == 1:
+            every = 0.9**2 * every + (1 - 0.9**2) * G @ G.T
+    torch.testing.assert_close(left.factor, every)
+    assert left.weight == pytest.approx(1 - 0.9**10)
+    assert right.weight == pytest.approx(1 - 0.9**9)
+
+
 def test_changes_of_basis_are_spread_and_the_costly_ones_are_rare():
     blocks = [Block(0, n, torch.zeros(n, n)) for n in (512, 384, 128, 128, 128, 64, 64, 10)]
     share_out(blocks, now=1, every=4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive_opt.modes import kronecker as kron
 
-COSTLY = 64  # rows; the basis of a larger block changes more rarely, in proportion (docs/evidence.md, "modes")
+COSTLY = 64  # rows; of a larger block factor and basis change more rarely, in proportion (docs/evidence.md, "bench-modes")
 
 
 @dataclass(eq=False)
@@ -107,12 +107,13 @@ class Factors:
     def turned(self) -> bool:
         return any(b.Q is not None for b in self.blocks)
 
-    def observe(self, G: Tensor, beta: float) -> None:
-        """One more gradient (m, n): L = E[G G'], R = E[G'G]."""
-        for b in self.left:
-            b.add(G[b.start : b.stop].T, 1.0, beta)
-        for b in self.right:
-            b.add(G[:, b.start : b.stop], 1.0, beta)
+    def observe(self, G: Tensor, beta: float, now: int) -> None:
+        """One more gradient (m, n): L = E[G G'], R = E[G'G]. Large blocks see fewer of them, which weigh more."""
+        for side, X in ((self.left, G.T), (self.right, G)):
+            for b in side:
+                k = seldom(b)
+                if (now - b.due) % k == 0 or not b.weight:  # also where its basis is due
+                    b.add(X[:, b.start : b.stop], 1.0, beta**k)
 
     @property
     def complete(self) -> bool:
@@ -126,6 +127,19 @@ class Factors:
     def rotate_back(self, X: Tensor) -> Tensor:
         """(m, n) out of the basis."""
         return times(left_times(X, self.left, back=True), self.right, back=True)
+
+    def add_back(self, weight: Tensor, step: Tensor) -> None:
+        """weight += the step (m, n) out of the basis; the last product adds itself to the weight where it can."""
+        X = left_times(step, self.left, back=True)
+        W = kron.as_matrix(weight) if weight.is_contiguous() and weight.dtype == X.dtype else None
+        if W is None:
+            weight.add_(times(X, self.right, back=True).to(weight.dtype).view(weight.shape))
+        elif not self.right:
+            W.add_(X)
+        else:
+            for b in self.right:
+                into, part = W[:, b.start : b.stop], X[:, b.start : b.stop]
+                into.add_(part) if b.Q is None else into.addmm_(part, b.Q.T)
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "left": [dict(vars(b)) for b in self.left], "right": [dict(vars(b)) for b in self.right]}
@@ -153,28 +167,33 @@ def share_out(blocks: Sequence[Block], now: int, every: int) -> None:
         b.due = now + every - 1 + slot
 
 
+def seldom(block: Block) -> int:
+    """How many times as rarely as a small block's this one's factor is updated, and its basis changes."""
+    return max(1, round(block.size / COSTLY))
+
+
 def interval(block: Block, every: int) -> int:
     """Steps between changes of one block's basis."""
-    return every * max(1, round(block.size / COSTLY))
+    return every * seldom(block)
 
 
 def left_times(X: Tensor, side: Sequence[Block], back: bool = False) -> Tensor:
     """Q' X for the block-diagonal Q of a side, or Q X."""
-    if len(side) == 1:
-        Q = side[0].Q
-        return X if Q is None else (Q if back else Q.T) @ X
-    return torch.cat(list(_parts(X, side, back))) if side else X
+    if all(b.Q is None for b in side):
+        return X
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    for b in side:
+        part, into = X[b.start : b.stop], out[b.start : b.stop]
+        into.copy_(part) if b.Q is None else torch.mm(b.Q if back else b.Q.T, part, out=into)
+    return out
 
 
 def times(X: Tensor, side: Sequence[Block], back: bool = False) -> Tensor:
     """X Q for the block-diagonal Q of a side, or X Q'."""
-    if len(side) == 1:
-        Q = side[0].Q
-        return X if Q is None else X @ (Q.T if back else Q)
-    return torch.cat([part.T for part in _parts(X.T, side, back)], dim=1) if side else X
-
-
-def _parts(X: Tensor, side: Sequence[Block], back: bool) -> Iterator[Tensor]:
+    if all(b.Q is None for b in side):
+        return X
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
     for b in side:
-        part = X[b.start : b.stop]
-        yield part if b.Q is None else (b.Q if back else b.Q.T) @ part
+        part, into = X[:, b.start : b.stop], out[:, b.start : b.stop]
+        into.copy_(part) if b.Q is None else torch.mm(part, b.Q.T if back else b.Q, out=into)
+    return out

@@ -36,10 +36,11 @@ class KFAC:
     gradient where that is not possible; `coverage()` says where and why. sharing: what "kfac" does with weights that are
     used at many positions. beta: forgetting of the factors (measured: docs/evidence.md, "modes"). beta2: Adam's
     second-moment forgetting (RMSprop's alpha) for the preconditioned weights while the mode is on; 0.999 in a turning basis
-    ruins it (docs/evidence.md); None leaves the base's own. every: steps between changes of basis, of small blocks; those
-    of b > 64 rows change b / 64 times as rarely. update_every: steps between updates of the factors. max_dim, max_blocks:
-    a longer side is cut into blocks, a side that would need more of them is not rotated. method: "eigh", or "qr" for one
-    step of power iteration at each change after the first. damping, ekfac: bases of SGD's kind only, see `_direction`.
+    ruins it (docs/evidence.md); None leaves the base's own. every: steps between changes of basis, update_every: between
+    updates of the factors, both of small blocks; those of b > 64 rows change b / 64 times as rarely (layers' factors: all
+    as often). max_dim, max_blocks: a longer side is cut into blocks, a side that would need more of them is not rotated.
+    method: "eigh", or "qr" for one step of power iteration at each change after the first. damping, ekfac: bases of SGD's
+    kind only, see `_direction`.
 
     Parameters with fewer than two dimensions take the base's step as it is. Held between steps: at most 2 (m^2 + n^2)
     numbers for a matrix of m rows and n columns, and their eigenvalues, m + n (with ekfac and such a base also m n);
@@ -180,7 +181,7 @@ class KFAC:
             f = self._factors[index]
             self._choose_source(index, f, due)
             if due and not f.tapped and p.grad is not None and f.blocks:
-                f.observe(_matrix(p.grad), self.beta)
+                f.observe(_matrix(p.grad), self.beta, self._count)
             f.heard = False
         new = [b for f in self._factors.values() for b in f.blocks if not b.due]
         if new:
@@ -235,41 +236,49 @@ class KFAC:
         """Rotate the gradients, let the base step from zero, add the rotated-back step to what was there.
 
         torch's rules read the parameters for weight decay only, which is taken out of the base's hands. A subclass with a
-        step of its own may read more: it gets the rotated parameters, and keeps its decay.
+        step of its own may read more: it gets the rotated parameters, and keeps its decay. Meanwhile the parameters' own
+        storage is out of reach (`.data` is another tensor), so that it need not be copied.
         """
         turned = self._turned(ctx)
         if not turned:
             ctx.base.step()
             return
         reads = not own_step(ctx.base)
-        kept = [(p.detach().clone(), p.grad) for p, _ in turned]
-        values = [f.rotate(_matrix(p)).to(p.dtype).view(p.shape) if reads else None for p, f in turned]
+        kept = [(p.data, p.grad) for p, _ in turned]
+        values = [f.rotate(_matrix(p)).to(p.dtype).reshape(p.shape) if reads else None for p, f in turned]
         try:
-            for (p, f), value in zip(turned, values, strict=True):
-                assert p.grad is not None
-                G = _matrix(p.grad) if reads else self._decayed(ctx, p, _matrix(p.grad))
-                p.grad = f.rotate(G).to(p.dtype).reshape(p.shape)
-                p.zero_() if value is None else p.copy_(value)
+            self._rotate_gradients(ctx, turned, coupled=not reads)
+            for (p, _), value in zip(turned, values, strict=True):
+                p.data = torch.zeros_like(p) if value is None else value.clone()
             with self._regrouped(ctx.base, {id(p) for p, _ in turned}, own_decay=reads):
                 ctx.base.step()
-            steps = [p.clone() if v is None else p - v for (p, _), v in zip(turned, values, strict=True)]
+            steps = [p.data if value is None else p.data.sub_(value) for (p, _), value in zip(turned, values, strict=True)]
         finally:
-            for (p, _), (old, grad) in zip(turned, kept, strict=True):
-                p.copy_(old)
-                p.grad = grad
+            for (p, _), (data, grad) in zip(turned, kept, strict=True):
+                p.data, p.grad = data, grad
+        if not reads:
+            self._decay(ctx, [p for p, _ in turned])
         for (p, f), step in zip(turned, steps, strict=True):
-            group = ctx.group_of(p)
-            if not reads and _decoupled(ctx.base, group):
-                p.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
-            p.add_(f.rotate_back(_matrix(step)).to(p.dtype).reshape(p.shape))
+            f.add_back(p.detach(), _matrix(step))
 
-    def _decayed(self, ctx: StepContext, p: Tensor, G: Tensor) -> Tensor:
-        """The gradient with the weight decay that the base would have added to it."""
-        group = ctx.group_of(p)
-        decay = float(group.get("weight_decay", 0.0))
-        if not decay or _decoupled(ctx.base, group):
-            return G
-        return G.add(_matrix(p), alpha=-decay if group.get("maximize") else decay)
+    def _rotate_gradients(self, ctx: StepContext, turned: list[tuple[Tensor, Factors]], coupled: bool) -> None:
+        """coupled: with the weight decay that the base would have added to them."""
+        for p, f in turned:
+            assert p.grad is not None
+            G = _matrix(p.grad)
+            group = ctx.group_of(p)
+            if coupled and group.get("weight_decay") and not _decoupled(ctx.base, group):
+                decay = float(group["weight_decay"])
+                G = G.add(_matrix(p), alpha=-decay if group.get("maximize") else decay)
+            p.grad = f.rotate(G).to(p.dtype).reshape(p.shape)
+
+    def _decay(self, ctx: StepContext, params: list[Tensor]) -> None:
+        """The weight decay that shrinks parameters directly."""
+        turned = {id(p) for p in params}
+        for group in ctx.base.param_groups:
+            if _decoupled(ctx.base, group):
+                for p in (p for p in group["params"] if id(p) in turned):
+                    p.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
 
     @contextmanager
     def _regrouped(self, base: Optimizer, turned: set[int], own_decay: bool) -> Iterator[None]:
@@ -363,7 +372,9 @@ class KFAC:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return kron.as_matrix(x.detach()).to(torch.promote_types(x.dtype, torch.float32))
+    """(m, n), a view where it can be, in float32 at least."""
+    M = x.detach() if x.dim() == 2 else kron.as_matrix(x.detach())
+    return M if M.dtype in (torch.float32, torch.float64) else M.float()
 
 
 def _several() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adaptive_opt.curvature import whole
 from adaptive_opt.modes.base import BaseStep, Mode, StepContext
 from adaptive_opt.modes.kfac import KFAC
 from adaptive_opt.objective import moved
@@ -76,7 +77,7 @@ class SAM:
         grads = ctx.grads
         ctx.cost += 1.0
         try:
-            with moved(ctx.params, self._climb(ctx.params, grads), 1.0):
+            with moved(ctx.params, *self._climb(ctx.params, grads)):
                 found = dict(zip(map(id, ctx.objective.params), ctx.objective.gradient(), strict=True))
         except Exception as error:  # the batch cannot be had again: the base's own step, and the controller says why
             ctx.failure = error
@@ -90,14 +91,13 @@ class SAM:
         scale = (ctx.objective.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)  # what the user's clipping lets through
         return [(scale.to(g.dtype) * g).to(p.dtype) for p, g in zip(ctx.params, above, strict=True)]
 
-    def _climb(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-        """e(w) = rho |w| g / |g|; ASAM: rho T^2 g / |T g| with T = |w| + eta."""
+    def _climb(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+        """(direction, length) of e(w) = rho |w| g / |g|; ASAM: rho T^2 g / |T g| with T = |w| + eta."""
         if self.adaptive:
             T = [p.detach().abs() + ETA for p in params]
-            rho = self.rho / _norm([t * g for t, g in zip(T, grads, strict=True)]).clamp_min(1e-12)
-            return [rho.to(g.dtype) * t * t * g for t, g in zip(T, grads, strict=True)]
-        rho = self.rho * _norm(params) / _norm(grads).clamp_min(1e-12)
-        return [rho.to(g.dtype) * g for g in grads]
+            Tg = [t * g for t, g in zip(T, grads, strict=True)]
+            return [t * s for t, s in zip(T, Tg, strict=True)], self.rho / max(float(_norm(Tg)), 1e-12)
+        return grads, self.rho * float(_norm(params)) / max(float(_norm(grads)), 1e-12)
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self._count, "inner": self.inner.state_dict()}
@@ -117,4 +117,4 @@ class KFACSAM(SAM):
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([t.detach().norm() for t in tensors]))
+    return whole(torch.nn.utils.get_total_norm(tensors))

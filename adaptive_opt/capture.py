@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +12,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptive_opt.moving import Kept, MovingBuffers
 from adaptive_opt.parallel import active_ddp, ddp_in, team_of
-from adaptive_opt.sharded import refusal
+from adaptive_opt.sharded import is_sharded, refusal
 
 KEEP_STEPS = 3  # steps (and clearings of the gradients) for which a forward pass waits for its backward
 KEEP_UNUSED = 8  # forward passes without a backward (validation, GAN) that are remembered before the oldest goes
 
 
-@dataclass(frozen=True)
-class Ambient:
+class Ambient(NamedTuple):  # made at every forward pass: a frozen dataclass takes three times as long
     """The state around a forward pass that a replay must meet again."""
 
     rng: dict[str, Tensor]  # device type (and index) -> generator state
-    autocast: tuple[str, bool, torch.dtype]
+    autocast: tuple[str, bool, torch.dtype | None]  # device type, on, its dtype where it is on
     training: tuple[bool, ...]  # mode of each module, in the order of modules()
-    buffers: Kept = field(default_factory=list)  # those that the pass moves and its output hangs on
+    buffers: Kept  # those that the pass moves and its output hangs on
 
     @classmethod
     def now(cls, modules: Iterable[nn.Module], device: torch.device, moving: MovingBuffers | None = None) -> Ambient:
         kind = device.type
-        cast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        cast = (kind, True, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else (kind, False, None)
         training = tuple([m.training for m in modules])
-        return cls(rng_state(device), cast, training, [] if moving is None else moving.before(training))
+        kept = moving.before(training) if moving is not None and moving.watched else []
+        return cls(rng_state(device), cast, training, kept)
 
     def meet(self, modules: Iterable[nn.Module]) -> None:
         """Generators, modes and moving buffers as they were then. In a replay only: it lends buffers and puts them back."""
@@ -45,7 +45,7 @@ class Ambient:
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """States of the CPU generator and, if there is one, of the device's."""
-    states = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.default_generator.get_state()}
     if device.type != "cpu":
         states[str(device)] = torch.get_device_module(device).get_rng_state(device)
     return states
@@ -59,7 +59,7 @@ def set_rng_state(states: Mapping[str, Tensor]) -> None:
             torch.get_device_module(torch.device(name)).set_rng_state(state, torch.device(name))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """Stands in a loss call's arguments where the model's output, or a view of it, goes."""
 
@@ -68,7 +68,7 @@ class Slot:
     rows: int | None  # the view is a plain reshape with that many rows for each row of the output
     dtype: torch.dtype | None = None  # the tensor itself in another dtype, as in criterion(model(x).float(), y)
 
-    def fill(self, outputs: list[Tensor]) -> Tensor:
+    def fill(self, outputs: Sequence[Tensor]) -> Tensor:
         out = outputs[self.index]
         if self.view is None:
             return out if self.dtype is None else out.to(self.dtype)
@@ -78,7 +78,11 @@ class Slot:
         return out.as_strided(size, stride, out.storage_offset() + offset)
 
 
-@dataclass
+FIRST = Slot(0, None, None)
+CPU = torch.device("cpu")
+
+
+@dataclass(slots=True)
 class LossCall:
     """One evaluation of the loss on a model call's output."""
 
@@ -87,23 +91,20 @@ class LossCall:
     weight: Tensor | None = None  # d(what the user called backward on) / d(this loss); None until backward ran
 
 
-@dataclass
+@dataclass(slots=True)
 class ModelCall:
     """One forward pass of the model and the losses taken of it."""
 
     inputs: Any  # (args, kwargs), by reference
     ambient: Ambient
-    outputs: list[Tensor] | None = None  # let go of when backward has run
+    outputs: Sequence[Tensor] | None = None  # let go of when backward has run
     output_rows: tuple[int, ...] = ()  # first dimension of each output tensor
     losses: list[LossCall] = field(default_factory=list)
     refusal: str | None = None  # why this call cannot be replayed
     elsewhere: int = 0  # versions of the parameters that the optimizer does not hold
     task: int = -1  # of autograd's: the backward pass that gave a weight first
     age: int = 0  # how often the gradients were cleared or stepped on since
-
-    @property
-    def weighted(self) -> bool:
-        return any(call.weight is not None for call in self.losses)
+    weighted: bool = False  # one of the losses has its weight
 
 
 class Capture:
@@ -162,9 +163,18 @@ class Capture:
 
     def forget_used(self) -> None:
         """Drop what has gone backward: the step is done, or the gradients were cleared. Forgotten passes go soon after."""
+        if len(self.calls) == 1 and self.calls[0].weighted:  # as in almost every step
+            self.calls = []
+            return
         self.calls = [call for call in self.calls if not (call.weighted or call.refusal) and call.age < KEEP_STEPS]
         for call in self.calls:
             call.age += 1
+
+    def _drop_cleared(self, task: int) -> None:
+        """Cleared without us, by model.zero_grad() after a skipped step: what went backward before is in no gradient."""
+        earlier = any(c.weighted and c.task != task for c in self.calls)
+        if earlier and not any(_holds(p.grad) for p in self.params):
+            self.calls = [c for c in self.calls if not c.weighted or c.task == task]
 
     def loss(self) -> Tensor | None:
         """Weighted mean of the losses that went backward, on the device; None without any."""
@@ -178,29 +188,34 @@ class Capture:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.listening:
             return
-        self._meet_team()
+        ddp = active_ddp()
+        if ddp is not None and ddp is not self.ddp:
+            self._meet_team(ddp)
         if len(self.calls) >= KEEP_UNUSED:
             unused = [call for call in self.calls if not call.weighted]
             if len(unused) >= KEEP_UNUSED:
                 self.calls.remove(unused[0])
-        device = self.first.device if self.first is not None else torch.device("cpu")
-        call = ModelCall(map_leaves(_ungraphed, (args, kwargs)), Ambient.now(self.modules, device, self.moving))
-        call.elsewhere = sum([p._version for p in self.others])
+        device = CPU if self.first is None else self.first.device
+        plain = not kwargs and all(type(x) is Tensor and not x.requires_grad for x in args)  # there is nothing to copy
+        inputs = (args, kwargs) if plain else map_leaves(_ungraphed, (args, kwargs))
+        call = ModelCall(inputs, Ambient.now(self.modules, device, self.moving))
+        if self.others:
+            call.elsewhere = sum([p._version for p in self.others])
         self.calls.append(call)
 
-    def _meet_team(self) -> None:
+    def _meet_team(self, ddp: DistributedDataParallel) -> None:
         """Frameworks wrap the model after the optimizer was made: inside of the wrapper's forward pass it can be seen."""
-        ddp = active_ddp()
-        if ddp is not None and ddp is not self.ddp and any(m is self.model for m in ddp.modules()):
+        if any(m is self.model for m in ddp.modules()):
             self.ddp, self.team = ddp, team_of(ddp)
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not (self.listening and self.calls):
             return
         call = self.calls[-1]
-        self.moving.after(call.ambient.training, call.ambient.buffers)
-        call.outputs = list(tensors_in(output))
-        call.output_rows = tuple(t.shape[0] if t.dim() else 0 for t in call.outputs)
+        if self.moving.watched:
+            self.moving.after(call.ambient.training, call.ambient.buffers)
+        call.outputs = outputs = (output,) if type(output) is Tensor else tuple(tensors_in(output))
+        call.output_rows = tuple([t.shape[0] if t.dim() else 0 for t in outputs])
         if self.loss_fn is None:
             loss = own_loss(output)
             if loss is None:
@@ -241,11 +256,14 @@ class Capture:
     def _owner(self, arguments: Any) -> tuple[ModelCall, Any] | None:
         """The latest model call whose outputs explain every tensor that carries a graph; with Slots put in."""
         for call in reversed(self.calls):
-            if call.outputs is None:
+            if not call.outputs:
                 continue
-            outputs, seen = call.outputs, {"slots": 0, "missing": 0}
+            outputs, (args, kwargs) = call.outputs, arguments
+            if args and args[0] is outputs[0] and not kwargs and all(map(_bare, args[1:])):
+                return call, ((FIRST, *args[1:]), {})  # criterion(model(x), y)
+            seen = {"slots": 0, "missing": 0}
 
-            def place(x: Any, outputs: list[Tensor] = outputs, seen: dict[str, int] = seen) -> Any:
+            def place(x: Any, outputs: Sequence[Tensor] = outputs, seen: dict[str, int] = seen) -> Any:
                 if not isinstance(x, Tensor):
                     return x
                 slot = find_slot(x, outputs)
@@ -271,12 +289,26 @@ class Capture:
             grad = grad.detach() if grad.requires_grad else grad
             record.weight = grad if record.weight is None else record.weight + grad
             call.outputs = None  # the graph may go
-            call.task = torch._C._current_graph_task_id() if call.task < 0 else call.task
-            if len(self.calls) > 1 and all(p.grad is None for p in self.params):
-                # cleared without us, by model.zero_grad() after a skipped step: what went backward before is in no gradient
-                self.calls = [c for c in self.calls if not c.weighted or c.task == call.task]
+            if not call.weighted:
+                call.weighted, call.task = True, torch._C._current_graph_task_id()
+                if len(self.calls) > 1:
+                    self._drop_cleared(call.task)
 
         loss.register_hook(on_backward)
+
+
+def _bare(x: object) -> bool:
+    """A tensor with a storage of its own and no graph: of no model's output."""
+    return type(x) is Tensor and x.grad_fn is None and not x._is_view()
+
+
+def _holds(grad: Tensor | None) -> bool:
+    """There is a gradient that is not zero. It is looked at, which waits for the device, only if it was written to in place."""
+    if grad is None or grad._version == 0:
+        return grad is not None
+    here: Any = grad._values() if grad.is_sparse else grad
+    here = here.to_local() if is_sharded(here) else here
+    return not here.numel() or bool(here.any())
 
 
 def _deaf() -> Capture:
@@ -369,7 +401,7 @@ def _cut(call: ModelCall, loss_fn: nn.Module | None, fraction: float) -> ModelCa
     return ModelCall(map_leaves(head, call.inputs), call.ambient, None, (), losses)
 
 
-def find_slot(t: Tensor, outputs: list[Tensor]) -> Slot | None:
+def find_slot(t: Tensor, outputs: Sequence[Tensor]) -> Slot | None:
     for index, out in enumerate(outputs):
         if t is out:
             return Slot(index, None, None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -79,6 +79,7 @@ class Controller:
         self.said_untreated = False
         self.last_trust = -TRUST_READING  # step at which the gate was last asked
         self.alarm = False  # something was just undone: look again as soon as possible
+        self._still: tuple[Any, Any, bool] = (None, None, False)  # policy, probe, whether they never do anything
         self.reading: Reading | None = None
 
     def listen(self, model: nn.Module | None, capture: Capture | None, objective: Callable[[], Tensor] | None) -> None:
@@ -144,24 +145,27 @@ class Controller:
             self.memory.price = self.team.first(self.memory.price)  # each process measured its own time
         return report
 
-    def pass_on(self, count: bool = True) -> StepReport:
-        """The step of a wrapper that has nothing to look at or nothing to change: the mode's own."""
+    def pass_on(self, count: bool = True) -> partial[StepReport]:
+        """The mode's own step, where there is nothing to look at or nothing to change. Returns what makes its report."""
+        step, lr = self.steps, float(self.base.param_groups[0]["lr"])
         if self.mode == "base":
             self.base.step()
         else:
             with torch.no_grad():
                 self.modes[self.mode].step(self.gate.context(self.modes[self.mode]))
         self.gate.forget()
-        lr = float(self.base.param_groups[0]["lr"])
-        report = StepReport(self.steps, None, None, lr, self.lr_scale, self.mode, stepped=True)
-        self.steps += count
-        return report
+        self.steps = step + count
+        return partial(StepReport, step, None, None, lr, self.lr_scale, self.mode, True)
 
     @property
     def passive(self) -> bool:
         """Nothing is measured by itself and nothing is ever done: the wrapper need not even look."""
-        baseline = getattr(self.policy, "mode", None) == "base" and not getattr(self.policy, "interventions", True)
-        return baseline and self.probe.idle and self.mode == "base" and self.lr_scale == 1
+        policy, probe, still = self._still
+        if policy is not self.policy or probe is not self.probe:
+            baseline = getattr(self.policy, "mode", None) == "base" and not getattr(self.policy, "interventions", True)
+            still = baseline and self.probe.idle
+            self._still = (self.policy, self.probe, still)
+        return still and self.mode == "base" and self.lr_scale == 1
 
     @property
     def team(self) -> Team:
@@ -171,7 +175,10 @@ class Controller:
     @property
     def lr_scale(self) -> float:
         """What the effective learning rate is of the user's."""
-        return math.prod(getattr(i, "scale", 1.0) for i in self.interventions.values())
+        scale = 1.0
+        for intervention in self.interventions.values():
+            scale *= getattr(intervention, "scale", 1.0)
+        return scale
 
     @property
     def _watchful(self) -> bool:

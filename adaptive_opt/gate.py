@@ -62,7 +62,7 @@ class Gate:
 
     def forget(self) -> None:
         """The step is done: let the batch go."""
-        if self.capture is not None:
+        if self.capture is not None and self.capture.calls:
             self.capture.forget_used()
             if self.given is not None or self.capture.problem:
                 self.capture.calls.clear()

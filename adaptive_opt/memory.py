@@ -45,14 +45,20 @@ class ProbeMemory:
                 self.price = 2.0 ** max(math.ceil(2 * math.log2(max(measured, 1.0))) / 2, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
+        seed, state = self.generator.initial_seed(), self.generator.get_state()
+        unused = torch.equal(state, torch.Generator().manual_seed(seed).get_state())  # then its seed says it all, in no memory
         return {
-            "generator": self.generator.get_state(),
+            "generator": seed if unused else state,
             "clock": self.clock.state_dict(),
             **{name: getattr(self, name) for name in (*VECTORS, *COUNTS)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        generator = state["generator"]
+        if isinstance(generator, int):
+            self.generator.manual_seed(generator)
+        else:
+            self.generator.set_state(generator.cpu())
         self.clock.load_state_dict(state["clock"])
         for name in (*VECTORS, *COUNTS):
             setattr(self, name, state[name])

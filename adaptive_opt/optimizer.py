@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -80,7 +81,7 @@ class AdaptiveOptimizer(Optimizer):
         self.control = Controller(base, probe, policy, modes, interventions, validate)
         self._beginning = self.control.state_dict()
         self._said: set[str] = set()
-        self._report: StepReport | None = None
+        self._report: StepReport | partial[StepReport] | None = None
         self.attach(model, loss_fn=loss_fn, objective=objective)
 
     # ---- what one sees ----------------------------------------------------------------------------------------------
@@ -93,6 +94,8 @@ class AdaptiveOptimizer(Optimizer):
     @property
     def report(self) -> StepReport | None:
         """The StepReport of the latest step; None before the first."""
+        if isinstance(self._report, partial):  # of an idle step: it is made when it is looked at
+            self._report = self._report()
         return self._report
 
     @property
@@ -114,7 +117,12 @@ class AdaptiveOptimizer(Optimizer):
         The closure is called once; it is called again only where nothing else shows the loss (no model with loss_fn, no
         objective), without its backward. Returns the closure's loss.
         """
-        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or any(GLOBAL_STEP_HOOKS):
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        ):
             return self._hooked_step() if closure is None else self._hooked_step(closure=closure)
         if torch.compiler.is_compiling():
             return self._uncompiled_step(closure)
@@ -125,15 +133,19 @@ class AdaptiveOptimizer(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         control, loss, ambient = self.control, None, None
-        idle = control.passive and not self.sinks
+        idle = not self.sinks and control.passive
         if closure is not None:
             ambient = None if idle else self._ambient()
             with torch.enable_grad():
                 loss = closure()
-        # at a rate of 0 nothing can change: checkpoint helpers call step() so to create the state
-        frozen = all(float(group["lr"]) == 0 for group in self.param_groups)
-        if idle or frozen:
-            self._report = control.pass_on(count=not frozen)
+        for group in self.param_groups:
+            if group["lr"] != 0:
+                break
+        else:  # at a rate of 0 nothing can change: checkpoint helpers call step() so to create the state
+            self._report = control.pass_on(count=False)
+            return loss
+        if idle:
+            self._report = control.pass_on()
         else:
             self._looked_at_step(closure, ambient, loss)
         return loss

@@ -246,8 +246,6 @@ def world() -> int:
 
 def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward pass is running: how its inner module learns that it has one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
     return DistributedDataParallel._get_active_ddp_module()
 
 

@@ -5,6 +5,11 @@ import sys
 import pytest
 import torch
 
+try:
+    import torchvision as torchvision
+except Exception:  # PyHessian and backpack bring in one that may be built for another torch; transformers does without one
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -222,6 +222,33 @@ def test_zero_grad_drops_what_went_backward_before():
     assert_replays(optimizer)
 
 
+@pytest.mark.parametrize("how", ["None", "zero"])
+def test_the_model_s_own_zero_grad_drops_what_went_backward_before(how):
+    problem = make("mlp", 6)
+    optimizer = wrap(problem.model, problem.criterion)
+    for n, (x, y) in enumerate(problem.batches):
+        if n in (0, 2, 4):  # two micro-batches a step, of which the first step is skipped
+            problem.model.zero_grad(set_to_none=how == "None")
+        problem.criterion(problem.model(x), y).backward()
+        if n in (3, 5):
+            assert objective_of(optimizer).batch_size == 64
+            assert_replays(optimizer)
+            optimizer.step()
+    assert optimizer.control.gate.trusted is True
+
+
+def test_gradients_that_were_clipped_in_place_are_no_cleared_ones():
+    problem = make("mlp", 3)
+    optimizer = wrap(problem.model, problem.criterion)
+    with torch.no_grad():
+        for p in problem.model[2].parameters():
+            p.zero_()  # the first layer's gradient is zero throughout
+    for x, y in problem.batches:
+        problem.criterion(problem.model(x), y).backward()
+        torch.nn.utils.clip_grad_norm_(problem.model.parameters(), 1e3)
+    assert objective_of(optimizer).batch_size == 96
+
+
 def test_two_optimizers_on_one_model_do_not_see_each_others_replays():
     problem = make("mlp", 3)
     model, criterion = problem.model, problem.criterion

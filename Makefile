@@ -45,7 +45,7 @@ bench-modes: $(SETUP)  ## the modes beside the bare base and the peers on five w
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_modes.py --figure docs/bench_modes.png
 
 bench-idle: $(SETUP)  ## what the wrapper costs when it has nothing to do (a minute)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_idle.py
+	OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 $(BIN)/python scripts/bench_idle.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

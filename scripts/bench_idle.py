@@ -1,8 +1,11 @@
-"""python scripts/bench_idle.py [--pairs N]
+"""python scripts/bench_idle.py [--rounds N]
 
-What the wrapper costs when it has nothing to do: probe off, policy "base". Bare and wrapped take turns in blocks of steps, on
-two models from one seed; the figures are medians over the pairs of blocks, of the difference and of the ratio of CPU times.
-Memory: bytes of all live tensors between backward and step, and after the step, wrapped beyond bare.
+What the wrapper costs when it has nothing to do: probe off, policy "base". One model with one optimizer is trained in blocks of
+steps, bare and wrapped in turns: two models of one seed differ by up to 1 % for where their tensors lie. The figures are
+medians over the rounds, of the difference and of the ratio of CPU times. "hooks off": after `detach()`, which leaves what the
+step itself costs. Memory: bytes of all live tensors between backward and step, and after the step, wrapped beyond bare.
+
+A malloc that gives memory back and faults it in again makes 8 ms of a step differ by 0.1 ms: the Makefile tells it not to.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,18 +51,29 @@ MODELS = {  # name -> model, batch
     "transformer layer": lambda: (Block(), torch.randint(0, 64, (16, 32))),
 }  # fmt: skip
 
+HOWS = ("bare", "wrapped", "hooks off")
+
 
 class Run:
-    """A training loop; `wrapped` says around which optimizer."""
+    """A training loop with one model; `wear` says how its optimizer is worn from now on."""
 
-    def __init__(self, name: str, wrapped: bool):
+    def __init__(self, name: str, how: str):
         torch.manual_seed(0)
         self.model, self.x = MODELS[name]()
         self.y, self.criterion = torch.randint(0, 10, (len(self.x),)), nn.CrossEntropyLoss()
-        self.optimizer: Optimizer = AdamW(self.model.parameters(), lr=1e-4)
-        if wrapped:
-            idle = {"probe": LanczosProbe(overhead=0), "policy": ConstantPolicy("base")}
-            self.optimizer = AdaptiveOptimizer(self.optimizer, self.model, loss_fn=self.criterion, **idle)
+        self.base, self.wrapper = AdamW(self.model.parameters(), lr=1e-4), None
+        self.wear(how)
+
+    def wear(self, how: str) -> None:
+        """ "bare", "wrapped", or "hooks off": wrapped without listening to the model."""
+        if how != "bare" and self.wrapper is None:
+            idle: dict[str, Any] = {"probe": LanczosProbe(overhead=0), "policy": ConstantPolicy("base")}
+            self.wrapper = AdaptiveOptimizer(self.base, **idle)
+        if self.wrapper is not None:
+            self.wrapper.detach()
+            if how == "wrapped":
+                self.wrapper.attach(self.model, loss_fn=self.criterion)
+        self.optimizer: Optimizer = self.base if how == "bare" or self.wrapper is None else self.wrapper
 
     def backward(self) -> None:
         self.optimizer.zero_grad()
@@ -95,9 +110,9 @@ def live_bytes() -> int:
 def memory(name: str) -> tuple[int, int]:
     """Wrapped beyond bare: bytes between backward and step, and after the step."""
     held = []
-    for wrapped in (False, True):
+    for how in ("bare", "wrapped"):
         before = live_bytes()
-        run = Run(name, wrapped)
+        run = Run(name, how)
         run.seconds(5)
         held.append([bytes_ - before for bytes_ in run.held()])
         del run
@@ -106,24 +121,27 @@ def memory(name: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | bare, ms a step | wrapped beyond it, us | ratio | memory with a batch | after the step |")
-    print("|---|---|---|---|---|---|")
+    print("| model | bare, ms a step | wrapped beyond it, us | ratio | hooks off, us | memory with a batch | after the step |")
+    print("|---|---|---|---|---|---|---|")
     for name in MODELS:
         between, after = memory(name)
-        bare, wrapped = Run(name, False), Run(name, True)
-        steps = max(1, round(0.02 / bare.seconds(20)))  # blocks of about 20 ms
-        wrapped.seconds(20)
-        pairs = []
-        for n in range(args.pairs):  # in turns, each first in half of the pairs
-            order = (bare, wrapped) if n % 2 == 0 else (wrapped, bare)
-            times = {run is wrapped: run.seconds(steps) for run in order}
-            pairs.append((times[False], times[True]))
-        beyond, ratio = median(b - a for a, b in pairs), median(b / a for a, b in pairs)
-        base = median(a for a, _ in pairs)
-        print(f"| {name} | {1e3 * base:.3f} | {1e6 * beyond:.1f} | {ratio:.4f} | {between:+,} B | {after:+,} B |", flush=True)
+        run = Run(name, "bare")
+        steps = max(1, round(0.02 / run.seconds(20)))  # blocks of about 20 ms
+        rounds = []
+        for n in range(args.rounds):  # in turns, each first in a third of the rounds
+            times = {}
+            for how in [*HOWS[n % 3 :], *HOWS[: n % 3]]:
+                run.wear(how)
+                run.seconds(1)
+                times[how] = run.seconds(steps)
+            rounds.append(times)
+        base, ratio = median(t["bare"] for t in rounds), median(t["wrapped"] / t["bare"] for t in rounds)
+        beyond = [1e6 * median(t[how] - t["bare"] for t in rounds) for how in HOWS[1:]]
+        figures = f"{1e3 * base:.3f} | {beyond[0]:.1f} | {ratio:.4f} | {beyond[1]:.1f} | {between:+,} B | {after:+,} B"
+        print(f"| {name} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: ablation demo dashboard-demo figures bench-dashboard bench-probe bench-modes bench-idle test test-integrations test-slow lint clean
+.PHONY: ablation clinic demo dashboard-demo figures bench-dashboard bench-probe bench-modes bench-idle test test-integrations test-slow lint clean
 
 $(SETUP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,10 @@ bench-dashboard: $(SETUP)  ## first paint, update and memory on a run of 100,000
 ablation: $(SETUP)  ## policies, and each component switched off in turn: 9 workloads, 16 arms, 6 seeds; resumable
 	$(BIN)/python experiments/train.py -m study=ablation
 	$(BIN)/python scripts/ablate.py runs/ablation
+
+clinic: $(SETUP)  ## sick and healthy runs: bare, the human fix, the rules, other policies, a peer (under 10 minutes); the whole table: scripts/clinic.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/clinic.py --quick
 
 figures: $(SETUP)  ## the article's figures, computed: docs/figures.md (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/figures.py

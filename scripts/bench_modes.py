@@ -9,7 +9,6 @@ is there is not run again.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import math
@@ -27,11 +26,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from scipy.stats import t as student  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe  # noqa: E402
 from adaptive_opt.modes import KFAC, SAM, BaseStep, Mode, SGDStep  # noqa: E402
-from scripts.bench_probe import GPT, mlp  # noqa: E402
+from experiments.tasks.autoencoder import Autoencoder  # noqa: E402
+from experiments.tasks.gpt import CharGPT  # noqa: E402
+from experiments.tasks.mnist import MNIST  # noqa: E402
+from experiments.tasks.mnist1d import MNIST1D  # noqa: E402
+from experiments.tasks.poisson import Poisson  # noqa: E402
 
 Row = dict[str, Any]
 Params = Iterable[nn.Parameter]
@@ -58,112 +60,36 @@ class Work:
 
 
 def poisson(seed: int) -> Work:
-    """-laplace(u) = f on the unit square, u = sin(pi x) sin(2 pi y), as a PINN; relative L2 error on a grid."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(2, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 1)
-    )
-
-    def exact(p: Tensor) -> Tensor:
-        return torch.sin(math.pi * p[:, 0]) * torch.sin(2 * math.pi * p[:, 1])
-
-    inside = torch.rand(256, 2).requires_grad_()
-    f = 5 * math.pi**2 * exact(inside.detach())
-    s = torch.linspace(0, 1, 20)
-    edge = torch.cat([torch.stack([a, b], 1) for a, b in ((s, 0 * s), (s, 0 * s + 1), (0 * s, s), (0 * s + 1, s))])
-    grid = torch.cartesian_prod(torch.linspace(0, 1, 50), torch.linspace(0, 1, 50))
-
-    def objective() -> Tensor:
-        (slope,) = torch.autograd.grad(model(inside).sum(), inside, create_graph=True)
-        (xx,) = torch.autograd.grad(slope[:, 0].sum(), inside, create_graph=True)
-        (yy,) = torch.autograd.grad(slope[:, 1].sum(), inside, create_graph=True)
-        return (xx[:, 0] + yy[:, 1] + f).square().mean() + 100 * model(edge).square().mean()
-
-    def score() -> float:
-        with torch.no_grad():
-            return float((model(grid)[:, 0] - exact(grid)).norm() / exact(grid).norm())
-
-    return Work(model, lambda: (inside, f), score, objective=objective)
+    task = Poisson(seed)
+    return Work(task.model, lambda: task.batch(0), lambda: task.evaluate()["relative_error"], objective=task.objective)
 
 
 def autoencoder(seed: int) -> Work:
-    """digits, 64-100-50-16-50-100-64 with tanh, mean squared error over the whole training set."""
-    from sklearn.datasets import load_digits
-
-    torch.manual_seed(seed)
-    x = torch.tensor(load_digits().data / 16.0, dtype=torch.float32)
-    sizes = [64, 100, 50, 16, 50, 100, 64]
-    parts = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
-    model = nn.Sequential(*parts[:-1])
-
-    def batch() -> tuple[Tensor, Tensor]:
-        rows = x[torch.randint(0, len(x), (128,))]
-        return rows, rows
-
-    return Work(model, batch, lambda: float(F.mse_loss(model(x), x).detach()), nn.MSELoss())
+    task = Autoencoder(seed, batch_size=128)
+    return Work(task.model, lambda: task.batch(0), lambda: task.evaluate()["mse"], task.loss_fn)
 
 
 def gpt(seed: int, width: int = 64, depth: int = 2, samples: int = 16) -> Work:
-    """Characters of Python's own library, 64 at a time; validation loss on a tenth that is held out."""
-    import inspect
-
-    modules = ("argparse", "ast", "difflib", "textwrap", "inspect", "typing", "tarfile", "zipfile", "doctest", "pdb")
-    source = "".join(inspect.getsource(__import__(name)) for name in modules)
-    letters = {c: i for i, c in enumerate(sorted(set(source)))}
-    text = torch.tensor([letters[c] for c in source])
-    cut = len(text) * 9 // 10
-    torch.manual_seed(seed)
-    model = nn.Sequential(GPT(len(letters), width, depth), nn.Flatten(0, 1))
-
-    def draw(low: int, high: int, count: int) -> tuple[Tensor, Tensor]:
-        t = text[torch.randint(low, high - 65, (count, 1)) + torch.arange(65)]
-        return t[:, :-1], t[:, 1:].flatten()
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        held_out = draw(cut, len(text), 128)
-
-    def score() -> float:
-        with torch.no_grad():
-            return float(F.cross_entropy(model(held_out[0]), held_out[1]))
-
-    return Work(model, lambda: draw(0, cut, samples), score)
+    task = CharGPT(seed, samples, width=width, depth=depth)
+    return Work(task.model, lambda: task.batch(0), lambda: task.evaluate()["validation_loss"])
 
 
 def mnist(seed: int) -> Work:
-    """A CNN with batch normalisation on 4000 real MNIST images; test error in per cent."""
-    from experiments.tasks.mnist import MNIST
-
+    """Test error in per cent."""
     task = MNIST(seed, width=8)
     return Work(task.model, lambda: task.batch(0), lambda: 100 - task.evaluate()["test_accuracy"], task.loss_fn)
 
 
 def noise(seed: int) -> Work:
-    """mnist1d (Greydanus and Kobak, 2024), 40 % of the training labels random; test error in per cent."""
-    from mnist1d.data import get_dataset_args, make_dataset
-
-    if not noise.data:  # type: ignore[attr-defined]
-        noise.data = make_dataset(get_dataset_args())  # type: ignore[attr-defined]
-    d = noise.data  # type: ignore[attr-defined]
-    x, y, test_x, test_y = (torch.as_tensor(d[k]) for k in ("x", "y", "x_test", "y_test"))
-    x, test_x = x.float(), test_x.float()
-    torch.manual_seed(seed)
-    flipped = torch.rand(len(y)) < 0.4
-    y = torch.where(flipped, torch.randint(0, 10, (len(y),)), y)
-    model = mlp([40, 128, 128, 10])
+    """40 % of the training labels random, drawn with replacement; test error in per cent."""
+    task = MNIST1D(seed, label_noise=0.4)
+    x, y = task.train
 
     def batch() -> tuple[Tensor, Tensor]:
         rows = torch.randint(0, len(x), (128,))
         return x[rows], y[rows]
 
-    def score() -> float:
-        with torch.no_grad():
-            return 100 * float((model(test_x).argmax(1) != test_y).float().mean())
-
-    return Work(model, batch, score)
-
-
-noise.data = None  # type: ignore[attr-defined]
+    return Work(task.model, batch, lambda: 100 - task.evaluate()["test_accuracy"])
 
 
 # ---- arms ------------------------------------------------------------------------------------------------------------

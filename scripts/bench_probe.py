@@ -39,39 +39,12 @@ from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe  # noqa
 from adaptive_opt.curvature import Hessian, count_below, ends, lanczos, scaled, top, two_pass_lanczos  # noqa: E402
 from adaptive_opt.memory import ProbeMemory  # noqa: E402
 from adaptive_opt.metric import metric  # noqa: E402
+from experiments.tasks.gpt import GPT  # noqa: E402
 
 Row = dict[str, Any]
 TRAINED, BETWEEN = 100, 20  # steps before anything is measured, and between a Ritz vector and the run that starts from it
 
 # ---- models --------------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(a.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
-class GPT(nn.Module):
-    """Next characters' logits, (batch, context, vocabulary)."""
-
-    def __init__(self, vocabulary: int, width: int = 128, depth: int = 4, context: int = 64):
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.places.weight)))
 
 
 class Residual(nn.Module):

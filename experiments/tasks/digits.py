@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import Classification
 
@@ -27,10 +27,6 @@ class Digits(Classification):
         label_noise: float = 0.0,
         validation: int = 0,
     ):
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise SystemExit('task=digits needs scikit-learn: pip install "adaptive-opt[experiments]"') from error
         torch.manual_seed(seed)
         sizes = [64, *[width] * depth]
         layers: list[nn.Module] = []
@@ -42,12 +38,20 @@ class Digits(Classification):
                 if isinstance(layer, nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu").mul_(gain)
                     nn.init.zeros_(layer.bias)
-        data = load_digits()
-        x = torch.tensor(data.data / 16.0, dtype=torch.float32)
-        y = torch.tensor(data.target)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        x, y = x[order], y[order]
+        x, y = pixels(shuffled=True)
         g = torch.Generator().manual_seed(seed)
         wrong = (torch.rand(len(y), generator=g) < label_noise) & (torch.arange(len(y)) < 1400)
         y[wrong] = torch.randint(0, 10, (int(wrong.sum()),), generator=g)
         super().__init__(model, (x[:1400], y[:1400]), (x[1400:], y[1400:]), batch_size, steps, seed, validation)
+
+
+def pixels(shuffled: bool = False) -> tuple[Tensor, Tensor]:
+    """(1797, 64) in [0, 1] and (1797,) labels, in the order of the data set or in a fixed shuffled one."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise SystemExit('task=digits needs scikit-learn: pip install "adaptive-opt[experiments]"') from error
+    data = load_digits()
+    x, y = torch.tensor(data.data / 16.0, dtype=torch.float32), torch.tensor(data.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) if shuffled else torch.arange(len(x))
+    return x[order], y[order]

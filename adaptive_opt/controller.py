@@ -20,6 +20,7 @@ from adaptive_opt.diagnosis import diagnose
 from adaptive_opt.gate import Gate
 from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, RunningStatistics, Snapshot
 from adaptive_opt.interventions.base import copied
+from adaptive_opt.interventions.statistics import STANDS_OUT
 from adaptive_opt.layers import with_drift
 from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.modes import Mode, StepContext, all_params
@@ -29,7 +30,7 @@ from adaptive_opt.objective import Objective, ReplayError
 from adaptive_opt.parallel import ALONE, ProcessLost, Team
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
-from adaptive_opt.records import Decision, Event, History, LayerReading, Reading, StepReport, Trend
+from adaptive_opt.records import Decision, Event, History, LayerReading, Outlier, Reading, StepReport, Trend
 from adaptive_opt.sharded import gathered, is_sharded
 from adaptive_opt.signals import Signals
 from adaptive_opt.stays import Stays
@@ -85,6 +86,7 @@ class Controller:
     def listen(self, model: nn.Module | None, capture: Capture | None, objective: Callable[[], Tensor] | None) -> None:
         """Where the batches come from."""
         self.gate.model, self.gate.capture, self.gate.given = model, capture, objective
+        self.statistics.attach(model)
         self._listen()
 
     def deaf(self) -> None:
@@ -105,8 +107,8 @@ class Controller:
         ctx = self.gate.context(self.modes[self.mode], closure, ambient)
         if self.damp is not None:
             self.damp.see(max(float(group["lr"]) for group in self.base.param_groups))
-        trend = self._trend(ctx, loss, events)
-        sick = not trend.finite or trend.spike  # this batch proves nothing
+        trend = self._compared(self._trend(ctx, loss, events), ctx, events)
+        sick = not trend.finite or trend.spike or trend.outlier is not None  # this batch proves nothing
         taken_back = not sick and self._verdict(ctx, trend, events)  # then its gradients belong to where we are no more
         reading = None if sick or taken_back else self._measure(ctx, trend, events)
         fresh = self.reading is not None and self.steps - self.reading.step <= FRESH
@@ -191,13 +193,19 @@ class Controller:
         found = self.interventions.get("damp")
         return found if isinstance(found, Damp) else None
 
+    @property
+    def rollback(self) -> Rollback | None:
+        """The rollback among the interventions, if the policy may use it: baselines pay for no snapshots."""
+        found = self.interventions.get("rollback")
+        allowed = "rollback" in getattr(self.policy, "interventions", ("rollback",))
+        return found if allowed and isinstance(found, Rollback) else None
+
     def _take_step(self, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
         ctx.mode = self.modes[self.mode]
         if ctx.mode.needs_replay and self.steps - self.last_trust >= TRUST_MODE and not self._trust(ctx, events):
             ctx.objective = None
-        allowed = getattr(self.policy, "interventions", ("rollback",))  # baselines pay for no snapshots
-        rollback = self.interventions.get("rollback") if "rollback" in allowed else None
-        if isinstance(rollback, Rollback):
+        rollback = self.rollback
+        if rollback is not None:
             rollback.keep(self.steps, trend, ctx)
         held = overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale) if self.lr_scale != 1 else nullcontext()
         with held:
@@ -206,22 +214,24 @@ class Controller:
         self.signals.remember(trend)
         if self.damp is not None:
             self.damp.good_step()
-        if isinstance(rollback, Rollback):
+        if rollback is not None:
             rollback.good_step()
-            self.statistics.keep(self.gate.model)
+            self.statistics.keep()
 
     # ---- measure ------------------------------------------------------------------------------------------------
 
     def _trend(self, ctx: StepContext, loss: Any, events: list[Event]) -> Trend:
         """The free signals, with one synchronisation of the host."""
         grads = [p.grad for p in all_params(self.base) if p.grad is not None]
+        moments = self.statistics.look() if self.rollback is not None else None
         norm = whole(torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads]))
         value = loss if loss is not None else self.gate.loss()
-        if isinstance(value, Tensor):
-            value, size = torch.stack([value.detach().reshape(-1)[0].float().to(norm.device), norm.float()]).tolist()
-        else:
-            value, size = None if value is None else float(value), float(norm)
-        value, size = self._agree(ctx, value, size)
+        parts = [norm] + ([value.detach().reshape(-1)[0]] if isinstance(value, Tensor) else [])
+        parts += [] if moments is None else [*moments]
+        size, *rest = torch.stack([part.to(norm.device, torch.float32) for part in parts]).tolist()
+        value = rest.pop(0) if isinstance(value, Tensor) else None if value is None else float(value)
+        poison = self.statistics.judge(self.steps, rest) if moments is not None else None
+        value, size, poison = self._agree(ctx, value, size, poison)
         unseen = value is None and self.gate.given is not None and self.gate.trusted
         due = self.steps < SAMPLE_EVERY or self.steps % SAMPLE_EVERY == 0
         if unseen and due and ctx.objective is not None:
@@ -231,16 +241,32 @@ class Controller:
             except Exception as error:
                 ctx.failure = error
                 self._failed(ctx, events)
-        return self.signals.judge(self.steps, value, size)
+        trend = self.signals.judge(self.steps, value, size)
+        return replace(trend, poison=poison) if trend.finite and not trend.spike else trend
 
-    def _agree(self, ctx: StepContext, loss: float | None, grad_norm: float) -> tuple[float | None, float]:
+    def _compared(self, trend: Trend, ctx: StepContext, events: list[Event]) -> Trend:
+        """The trend, and whether one of the first batches was broken, which only the others show."""
+        rollback, good = self.rollback, trend.finite and not trend.spike
+        if rollback is None or rollback.latest is None or rollback.first.losses is None or not good or ctx.short:
+            return trend
+        if self.probe.idle or not (self.gate.trusted or self._trust(ctx, events)):
+            return trend
+        found = rollback.first.look(self.steps, ctx, rollback.latest)
+        self._failed(ctx, events)
+        return replace(trend, outlier=found)
+
+    def _agree(
+        self, ctx: StepContext, loss: float | None, grad_norm: float, poison: Outlier | None
+    ) -> tuple[float | None, float, Outlier | None]:
         """What the processes of a team know of this step, as one: the mean loss, and what all can do. One collective."""
         team = self.team
         if team.size == 1:
-            return loss, grad_norm
+            return loss, grad_norm, poison
         able, judge = ctx.objective is not None, self.validate is not None
         costs = self._costs(ctx.objective) if ctx.objective is not None else (0.0, 0.0)
-        here, able, judge, seen, *sums = team.sums([1.0, able, judge, loss is not None, loss or 0.0, grad_norm, *costs])
+        bad = 0.0 if poison is None else poison.factor
+        mine = [1.0, able, judge, loss is not None, loss or 0.0, grad_norm, *costs, bad]
+        here, able, judge, seen, *sums = team.sums(mine)
         self.all_validate = judge == team.size
         ctx.short = here < team.size
         ctx.costs = (sums[2] / here, sums[3] / here)
@@ -248,12 +274,14 @@ class Controller:
             ctx.team = ALONE
         if able < here or ctx.short:
             ctx.objective = None
-        return sums[0] / seen if seen else None, sums[1] / here
+        if sums[4] > 0 and poison is None:  # another process has seen it
+            poison = Outlier(self.steps, sums[4], STANDS_OUT)
+        return sums[0] / seen if seen else None, sums[1] / here, poison
 
     def shadow(self) -> None:
         """The part of a step in which a process that has no batch left must join in, so that the others need not wait."""
         if self.team.size > 1:
-            self.team.sums([0.0] * 8)
+            self.team.sums([0.0] * 9)
 
     def _costs(self, objective: Objective) -> tuple[float, float]:
         layers = self.gate.model is not None and self.first_layers != ()  # () after a reading that found none
@@ -392,8 +420,10 @@ class Controller:
             mode_then = self.mode
             if applied.back_to is not None:
                 self._restore(applied.back_to)
+            if applied.cleanse is not None:
+                self.statistics.cleanse(applied.cleanse)
             if applied.skip:
-                self.statistics.restore(self.gate.model)
+                self.statistics.restore()
             if applied.forget:
                 self.signals.forget()
             if applied.moved:
@@ -492,7 +522,7 @@ class Controller:
         if trial.before is None:
             return False
         self._restore(trial.before)
-        self.statistics.restore(self.gate.model)
+        self.statistics.restore()
         return True
 
     def _wait(self, name: str) -> None:

@@ -47,9 +47,18 @@ def diagnose(
         usual = max(trend.usual_grad_norm or 0.0, 1e-30)
         ratio = (trend.grad_norm or 0.0) / usual
         found.append(Finding(Condition.BROKEN, ratio, 5.0, f"loss {_g(trend.loss)} and a gradient {ratio:.3g} times the usual"))
+    elif trend.outlier is not None:
+        o = trend.outlier
+        sentence = f"the batch of step {o.step} lost {o.factor:.3g} times as much as the others at the same parameters"
+        found.append(Finding(Condition.BROKEN, o.factor, o.threshold, sentence))
+    elif trend.poison is not None:
+        o = trend.poison
+        sentence = f"the batch of step {o.step} brought the running statistics {o.factor:.3g} times the usual"
+        found.append(Finding(Condition.BROKEN, o.factor, o.threshold, sentence))
     elif trend.lost > t.lost:
         found.append(Finding(Condition.BROKEN, trend.lost, t.lost, f"{trend.lost:.0%} of all progress is gone again"))
-    unstable = _unstable(reading, recent, trend, t) if trend.finite and not trend.spike else None
+    proven = trend.finite and not trend.spike and trend.outlier is None
+    unstable = _unstable(reading, recent, trend, t) if proven else None
     if unstable is not None:
         found.append(unstable)
     if reading is not None:

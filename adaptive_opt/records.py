@@ -132,6 +132,15 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
+class Outlier:
+    """A batch that is not like the others."""
+
+    step: int  # whose batch it was
+    factor: float  # times what is usual
+    threshold: float  # from which it stands out
+
+
+@dataclass(frozen=True)
 class Trend:
     """What is free at every step: signals from the loss and the gradient norm, nothing replayed."""
 
@@ -144,6 +153,8 @@ class Trend:
     spike: bool = False  # loss and gradient norm both jumped
     stalled: bool = False  # no progress over the stall window
     rising: bool = False  # loss well above its running median, or after ten steps no lower than at the start
+    outlier: Outlier | None = None  # one of the first batches lost far more than the others at the same parameters
+    poison: Outlier | None = None  # a batch far out of what the running statistics have seen
     lost: float = 0.0  # share of all progress that is gone again: 0 at the best level so far, 1 at the start's
 
 

@@ -1,4 +1,4 @@
-"""python scripts/bench_treatments.py [--seeds K] [--only rates layers canyon saddle healthy modes] [--out FILE.json]
+"""python scripts/bench_treatments.py [--seeds K] [--only rates layers canyon saddle healthy margins modes] [--out FILE.json]
 
 What each treatment gains over the bare optimizer, and what it costs where nothing is wrong: the tables of docs/evidence.md.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -207,7 +208,59 @@ def modes(seeds: int) -> list[Row]:
     return rows
 
 
-SECTIONS = {"rates": rates, "layers": layers, "canyon": canyon, "saddle": saddle, "healthy": healthy, "modes": modes}
+MARGINS: dict[str, tuple[Callable[[int], Task], Base]] = {
+    "MLP 3 layers, AdamW": (lambda s: Digits(s, steps=300), lambda p: AdamW(p, lr=1e-3)),
+    "MLP 13 layers, SGD": (lambda s: Digits(s, steps=300, depth=12), lambda p: SGD(p, lr=0.05)),
+    "MLP 3 layers, batch of 8, AdamW": (lambda s: Digits(s, 8, steps=300), lambda p: AdamW(p, lr=1e-3)),
+    "MLP 13 layers x3, AdamW": (lambda s: Digits(s, steps=300, depth=12, gain=3.0), lambda p: AdamW(p, lr=1e-3)),
+    "CNN MNIST, AdamW": (lambda s: MNIST(s, steps=300, width=8), lambda p: AdamW(p, lr=1e-3)),
+    "CNN MNIST, SGD": (lambda s: MNIST(s, steps=300, width=8), lambda p: SGD(p, lr=0.1)),
+    "CNN MNIST, batch of 8, AdamW x10": (lambda s: MNIST(s, 8, 300, 8), lambda p: AdamW(p, lr=1e-2)),
+}
+
+
+def margins(seeds: int) -> list[Row]:
+    """How far the batches of runs without faults stand out: first losses and running statistics, the largest factor."""
+    rows = []
+    for workload, (make, base) in MARGINS.items():
+        for seed in range(seeds):
+            task = make(seed)
+            optimizer = learner(task, base(task.model.parameters()), "wrapped")
+            assert isinstance(optimizer, AdaptiveOptimizer)
+            first, running = optimizer.control.interventions["rollback"].first, optimizer.control.statistics
+            seen = {"first losses": 0.0, "first statistics": 0.0, "statistics": 0.0}
+            look, judge = first.look, running.judge
+
+            def looked(*args: Any, first: Any = first, look: Any = look, seen: Row = seen) -> Any:
+                known, found = list(first.losses or [math.nan]), look(*args)
+                if first.losses is None and found is None:
+                    seen["first losses"] = max(known) / statistics.median(known)
+                return found
+
+            def judged(step: int, moments: list[float], of: Any = running, judge: Any = judge, seen: Row = seen) -> Any:
+                table = [moments, *(early.moments for early in of.early)]
+                usual = of.largest or [statistics.median(column) for column in zip(*table, strict=True)]
+                if of.largest or len(table) == 5:
+                    factor = max(m / u for row in table for m, u in zip(row, usual, strict=True))
+                    name = "statistics" if of.largest else "first statistics"
+                    seen[name] = max(seen[name], factor)
+                return judge(step, moments)
+
+            first.look, running.judge = looked, judged
+            outcome = train(task, optimizer)
+            rows.append({**row("margins", workload, "wrapped", seed, outcome), **seen})
+    return rows
+
+
+SECTIONS = {
+    "rates": rates,
+    "layers": layers,
+    "canyon": canyon,
+    "saddle": saddle,
+    "healthy": healthy,
+    "margins": margins,
+    "modes": modes,
+}
 
 
 def table(rows: list[Row]) -> str:
@@ -226,6 +279,9 @@ def cell(rows: list[Row]) -> str:
         return f"{mean['steps']:.0f} steps"
     if rows[0]["section"] == "saddle":
         return f"{mean['loss']:.3g}"
+    if rows[0]["section"] == "margins":
+        most = (f"{name} {max(r[name] for r in rows):.2f}" for name in ("first losses", "first statistics", "statistics"))
+        return f"{', '.join(most)}; {mean['treatments']:.2g} treatments"
     text = f"{mean['train_loss']:.4f}, {mean['test_accuracy']:.1f} %"
     wrapped = rows[0]["arm"] == "wrapped" and rows[0]["section"] == "healthy"
     return text + (f" ({mean['treatments']:.2g} treatments, probing {mean['probing']:.1%})" if wrapped else "")

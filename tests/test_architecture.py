@@ -35,7 +35,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "verify": {"interventions", "objective", "records"},
     "gate": {"capture", "curvature", "modes", "objective", "parallel"},
     "modes": {"capture", "curvature", "family", "objective", "parallel", "records", "sharded"},
-    "interventions": {"family", "metric", "modes", "objective", "records", "curvature", "probe", "sharded"},
+    "interventions": {"family", "metric", "modes", "objective", "records", "curvature", "probe", "sharded", "signals"},
     "controller": {
         "capture", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice", "objective",
         "parallel", "policy", "probe", "records", "sharded", "signals", "stays", "verify",

@@ -33,6 +33,7 @@ class Applied:
 
     done: str  # a sentence
     skip: bool = False  # this batch is not stepped on
+    cleanse: int | None = None  # what the batch of this step did to the running statistics is undone; the step is taken
     moved: bool = False  # the parameters jumped: this batch's gradients belong to where they were
     back_to: Snapshot | None = None  # restore this
     forget: bool = False  # what the losses have been says nothing any more

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot
+from adaptive_opt.interventions.first_batches import FirstBatches
 from adaptive_opt.modes import StepContext, all_params
 from adaptive_opt.probe import FORWARD
-from adaptive_opt.records import Trend
+from adaptive_opt.records import Outlier, Trend
 
 BETTER = 0.9  # of the loss here: going back must be worth it
 CALM = 200  # good steps after which earlier returns are forgotten
@@ -38,10 +39,15 @@ class Rollback:
         self.good = 0  # good steps since the last return
         self.returns = 0  # returns without a calm stretch between them
         self.scale = 1.0
+        self.first = FirstBatches()
 
     def apply(self, patient: Patient) -> Applied | None:
         """Called when the diagnosis says NON_FINITE or BROKEN."""
         trend = patient.trend
+        if trend.outlier is not None:
+            return self._without(trend.outlier, trend)
+        if trend.poison is not None:
+            return Applied("took back what it did to the running statistics", cleanse=trend.poison.step)
         sick_step = not trend.finite or trend.spike
         broken = not trend.finite and not self._finite(patient)
         self.bad += sick_step
@@ -61,6 +67,15 @@ class Rollback:
         done = f"went back to the parameters of step {target.step}, steps shortened to {self.scale:.3g}"
         return Applied(done, skip=True, moved=True, back_to=target, forget=True, trial=20)
 
+    def _without(self, outlier: Outlier, trend: Trend) -> Applied | None:
+        """One of the first batches was broken: go on as if it had not been there."""
+        if outlier.step == trend.step:
+            return Applied("skipped this batch", skip=True)
+        if self.latest is None:
+            return None
+        done = f"went back to the parameters of step {self.latest.step}"
+        return Applied(done, skip=True, moved=True, back_to=self.latest, forget=True)
+
     def good_step(self) -> None:
         """A step went well: count it and let the step size return."""
         self.bad = 0
@@ -79,6 +94,8 @@ class Rollback:
         if compared is not None and trend.loss is not None and trend.loss - compared > abs(compared):
             return
         self.latest = Snapshot.take(step, ctx)
+        if trend.usual_grad_norm is None:  # nothing was seen yet
+            self.first.begin(step, ctx)
         if level is None or self.best_level is None or level <= self.best_level:
             self.best, self.best_level = self.latest, level
 
@@ -110,6 +127,7 @@ class Rollback:
             "good": self.good,
             "returns": self.returns,
             "scale": self.scale,
+            "first": self.first.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,3 +135,4 @@ class Rollback:
         self.best = self.latest if state["shared"] else Snapshot.from_state_dict(state["best"])
         self.best_level, self.bad, self.good = state["best_level"], state["bad"], state["good"]
         self.returns, self.scale = state["returns"], state["scale"]
+        self.first.load_state_dict(state["first"])

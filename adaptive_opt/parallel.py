@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +65,17 @@ class Team:
             self._raise(failure)
         pieces = buffer[:-1].div_(self.size).split(sizes)
         return [piece.view(t.shape).to(t.dtype) for piece, t in zip(pieces, like, strict=True)]
+
+    def shares(self, like: Tensor) -> Dealt | None:
+        """How vectors like this one can be dealt out over the processes; None for a process on its own."""
+        return None if self.size == 1 else Dealt(self, like.numel())
+
+    def joined(self, share: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Every process's entries one after the other; `sizes` says how many each has."""
+        padded = torch.cat([share, share.new_zeros(max(sizes) - share.numel())])
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        self._call(lambda: dist.all_gather(pieces, padded, group=self.group))
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
 
     # ---- numbers and plain objects -------------------------------------------------------------------------------------
 
@@ -172,6 +184,23 @@ class Team:
                     "one of them has ended, or took another way; its own error says why"
                 )
         raise self.lost
+
+
+class Dealt:
+    """(n,) vectors cut into one run of entries a process: `curvature.Shares`."""
+
+    def __init__(self, team: Team, n: int):
+        self.team, self.size = team, team.size
+        self.bounds = [n * rank // team.size for rank in range(team.size + 1)]
+
+    def mine(self, vector: Tensor) -> Tensor:
+        return vector[self.bounds[self.team.rank] : self.bounds[self.team.rank + 1]]
+
+    def whole(self, share: Tensor) -> Tensor:
+        return self.team.joined(share, [b - a for a, b in pairwise(self.bounds)])
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.team.total(x)
 
 
 ALONE = Team()

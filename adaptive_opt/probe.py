@@ -226,7 +226,7 @@ class LanczosProbe(Schedule):
                 if not math.isfinite(value) or not math.isfinite(size):
                     notes.append("curvature: the loss or its gradient is not finite")
                     return found, fraction * GRADIENT
-                spectra = Spectra(self.num_steps, self.tol, self.delta_tol, self.memory)
+                spectra = Spectra(self.num_steps, self.tol, self.delta_tol, self.memory, target.team.shares(H.gradient))
                 measured = spectra.full if draft.kind == "full" else spectra.cheap
                 found = replace(measured(H, m, memory, found, notes), hvps=H.products)
                 return found, fraction * (GRADIENT + H.products * PRODUCTS[H.backend])

@@ -78,7 +78,7 @@ class Reading:
     seconds: float = 0.0
     curvature: str = "hessian"  # or "gauss_newton": of which matrix the numbers are
     backend: str = "exact"  # "exact_rebuilt": the same in less memory; "finite_difference": approximate
-    method: str = "full"  # how Lanczos kept its basis: "full", "half", "host", "restarted", "two-pass"
+    method: str = "full"  # how Lanczos kept its basis: "full", "half", "host", "restarted", "two-pass", "shared"
     asymmetry: float | None = None  # norm of what the operator did that no symmetric one does, over epsilon
     batch_size: int | None = None  # samples that were measured
     fraction: float = 1.0  # of the batch

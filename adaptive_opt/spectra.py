@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptive_opt.curvature import (
     Operator,
     RitzPair,
+    Shares,
     Spectrum,
     condition_number_bound,
     count_below,
@@ -44,6 +45,7 @@ class Spectra:
     tol: float | None
     delta_tol: float
     vectors: int | None  # bytes that the vectors of a run may take
+    shares: Shares | None = None  # of several processes, among which they may be dealt out
 
     def full(self, H: Operator, m: Metric | None, memory: ProbeMemory, draft: Reading, notes: list[str]) -> Reading:
         """Both ends, the counts and the condition numbers: one run on H, one in the optimizer's metric."""
@@ -136,7 +138,8 @@ class Spectra:
         )
 
     def _run(self, matvec: Matvec, start: Tensor, num_steps: int) -> Spectrum:
-        return lanczos_within(self.vectors, matvec, start, num_steps, until=None if self.tol is None else ends(self.tol))
+        until = None if self.tol is None else ends(self.tol)
+        return lanczos_within(self.vectors, matvec, start, num_steps, until=until, shares=self.shares)
 
 
 def _larger(spectrum: Spectrum | None, pairs: list[tuple[Tensor, Tensor]]) -> RitzPair:

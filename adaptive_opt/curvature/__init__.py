@@ -20,6 +20,7 @@ from adaptive_opt.curvature.quadrature import (
 )
 from adaptive_opt.curvature.questions import Question, ends, is_below, largest, negative_below, top
 from adaptive_opt.curvature.rayleigh_ritz import RitzPair, top_ritz_pair
+from adaptive_opt.curvature.shared_lanczos import Shares, shared_lanczos
 from adaptive_opt.curvature.thick_restart import thick_restart_lanczos
 from adaptive_opt.curvature.trace import TraceEstimate, hutchinson, hutchpp, xtrace
 from adaptive_opt.curvature.two_pass import two_pass_lanczos
@@ -44,6 +45,7 @@ __all__ = [
     "Question",
     "Rebuilt",
     "RitzPair",
+    "Shares",
     "Spectrum",
     "Sum",
     "TraceEstimate",
@@ -68,6 +70,7 @@ __all__ = [
     "outer_ends",
     "randomized_eigh",
     "scaled",
+    "shared_lanczos",
     "thick_restart_lanczos",
     "top",
     "top_eigenpairs",

@@ -88,6 +88,7 @@ class Basis:
         for s in self._pieces():
             block = self._wide(s)
             gram += (block @ block.T).to(wide)
+        gram = gram if self.total is None else self.total(gram)
         return (gram / self.scale**2 - torch.eye(self.size, dtype=wide, device=gram.device)).abs().max()
 
     def _pieces(self) -> Iterator[slice]:

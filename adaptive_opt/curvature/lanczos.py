@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptive_opt.curvature.basis import Basis
 from adaptive_opt.curvature.questions import Question, next_look
-from adaptive_opt.curvature.vectors import accumulator, dot, negligible, norm, waits
+from adaptive_opt.curvature.vectors import Total, accumulator, dot, entries, negligible, norm, waits
 
 Matvec = Callable[[Tensor], Tensor]
 SETTLED = 4.0  # roundings of a unit vector: an overlap with the basis below is none
@@ -43,7 +43,7 @@ class Spectrum:
     dim: int  # n
     products: int  # with A
     asymmetry: float = 0.0  # norm of what A did that no symmetric operator does; already within the residuals
-    method: str = "full"  # how the basis was kept: "full", "half", "host", "restarted", "two-pass", "block"
+    method: str = "full"  # how the basis was kept: "full", "half", "host", "restarted", "two-pass", "block", "shared"
     block: int = 1  # start vectors
 
     @property
@@ -72,28 +72,30 @@ def lanczos(
     until: Question | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    total: Total | None = None,
 ) -> Spectrum:
     """Run at most `num_steps` products of a symmetric operator from `start` and solve the tridiagonal problem.
 
     `matvec` maps an (n,) tensor to an (n,) tensor on the same device. Alpha and beta stay on the device; the host is
     synchronised once, at the end. With `until` (see questions.py) the run ends when the question is answered: it is asked
     after every step on the CPU, where nothing waits, and every two to four steps elsewhere, a synchronisation each. `dtype`
-    and `device` say how the basis is kept where that is not as `start` is: in half precision, on the host. Raises ValueError
-    on a step count that cannot be used, and FloatingPointError when the start vector or the first product is not finite.
+    and `device` say how the basis is kept where that is not as `start` is: in half precision, on the host. `total`: this
+    process has some entries of every vector (shared_lanczos.py). Raises ValueError on a step count that cannot be used, and
+    FloatingPointError when the start vector or the first product is not finite.
     """
-    n = start.numel()
+    n = entries(start, total)
     m = min(num_steps, n)
     if m < 1:
         raise ValueError(f"lanczos(num_steps={num_steps}) on an operator of size {n}: at least one step is needed")
-    basis = Basis(m + 1, start, dtype, device)  # the last row is room to work in
+    basis = Basis(m + 1, start, dtype, device, total)  # the last row is room to work in
     steps = torch.zeros(3, m, dtype=accumulator(start), device=start.device)
     alpha, beta, defect = steps
     look, before = next_look(0) if until is not None else m, None
-    q = torch.div(start, norm(start).to(start.dtype), out=basis.room())
+    q = torch.div(start, norm(start, total).to(start.dtype), out=basis.room())
     for j in range(m):
         basis.append(q)
         p = matvec(q)
-        alpha[j] = dot(q, p)
+        alpha[j] = dot(q, p) if total is None else total(dot(q, p))
         # not in place: matvec may have returned q itself
         w = torch.addcmul(p, q, alpha[j].to(q.dtype), value=-1, out=basis.room())
         del p
@@ -103,13 +105,13 @@ def lanczos(
         before, q = q, w.div_(beta[j].to(w.dtype).clamp_min(torch.finfo(w.dtype).tiny))  # 0 / 0 would make NaN
         if until is not None and j + 1 == look < m:
             known = steps[:, : j + 1].cpu().double().numpy()
-            so_far = _spectrum(known, basis)
+            so_far = _spectrum(known, basis, n)
             excess = until(so_far)
             if so_far.exhausted or excess <= 1 or len(so_far.ritz_values) <= j:  # the last: no longer finite
                 break
-            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis))) if waits(start) else j + 2
+            look = next_look(j + 1, excess, until(_spectrum(known[:, :-1], basis, n))) if waits(start) else j + 2
     else:
-        so_far = _spectrum(steps.cpu().double().numpy(), basis)  # the one synchronisation
+        so_far = _spectrum(steps.cpu().double().numpy(), basis, n)  # the one synchronisation
     basis.size = len(so_far.ritz_values)  # what follows an exhausted space is noise
     return so_far
 
@@ -118,17 +120,17 @@ def orthogonalise(w: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     """Take the basis out of w, in place; returns the norm of what a symmetric operator would not have put there, and w's."""
     first = basis.dots(w)
     left = basis.remove_then_dots(first, w)
-    size = norm(w)
+    size = norm(w, basis.total)
     # twice is enough (Parlett), and often once: where looking is free, the second time is spared when nothing was left
     if waits(w) or float(left.norm()) > SETTLED * torch.finfo(w.dtype).eps * float(size):
         basis.remove(left, w)
-        size = norm(w)
+        size = norm(w, basis.total)
     return first.norm(), size
 
 
-def _spectrum(steps: np.ndarray, basis: Basis) -> Spectrum:
+def _spectrum(steps: np.ndarray, basis: Basis, n: int) -> Spectrum:
     alpha, beta, defect = steps
-    n, eps = basis.rows.shape[1], float(torch.finfo(basis.like.dtype).eps)
+    eps = float(torch.finfo(basis.like.dtype).eps)
     k, exhausted = usable(alpha, beta, n, eps)
     same = basis.rows.dtype == basis.like.dtype
     theta, s, residuals = ritz(alpha[:k], beta[:k], n if same else 0, eps)  # rounded rows leave something of any space

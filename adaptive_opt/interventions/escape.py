@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_opt.curvature import unflatten
+from adaptive_opt.curvature import flatten, unflatten
+from adaptive_opt.curvature.vectors import norm
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot
 from adaptive_opt.objective import moved
 from adaptive_opt.probe import FORWARD
@@ -36,7 +37,7 @@ class Escape:
         if objective is None or patient.bottom is None:
             return None
         direction = unflatten(patient.bottom, objective.params)
-        size = 1 + math.sqrt(sum(float((p.detach().float() ** 2).sum()) for p in objective.params))
+        size = 1 + float(norm(flatten(objective.params)))  # of whole parameters: a shard's own norm is another on each process
 
         def loss_at(length: float) -> float:
             ctx.cost += FORWARD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from problems import BASES, make
 from ranks import Ranks
 from test_ddp import close, mine
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
@@ -149,19 +151,27 @@ def test_a_snapshot_of_shards_is_restored(two):
     assert all(torch.isfinite(p).all() for p in first["params"])
 
 
-def refused():
+def kfac_refused():
     with pytest.raises(ValueError, match=r"kfac needs whole matrices .* shards of them \(FSDP2\)"):
         Run("mlp", "adamw", 1, policy=ConstantPolicy("kfac"))
+    assert "kfac" not in Run("mlp", "adamw", 1, policy=RulePolicy()).optimizer.control.available  # the rules do without
+
+
+def fsdp1_refused():
     older = FullyShardedDataParallel(make("mlp", 1).model, device_id=torch.device("cpu"))
     base = torch.optim.SGD(older.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"shard the model by torch.distributed.fsdp.fully_shard"):
         AdaptiveOptimizer(base, older, loss_fn=torch.nn.CrossEntropyLoss())
+
+
+def mixed_precision_refused():
     with pytest.warns(UserWarning, match=r"MixedPrecisionPolicy\(param_dtype=torch.bfloat16\)"):
         run = Run("mlp", "adamw", 2, sharding={"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}).train()
     assert run.outcome()["readings"] == []
 
 
-def test_what_cannot_run_is_refused_by_name(two):
+@pytest.mark.parametrize("refused", [kfac_refused, fsdp1_refused, mixed_precision_refused])
+def test_what_cannot_run_is_refused_by_name(two, refused):
     two.run(refused)
 
 
@@ -209,3 +219,50 @@ def test_a_checkpoint_of_two_shards_goes_on_in_two_and_in_one(two, alone, tmp_pa
         for a, b in zip(whole["params"], one["params"], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
         assert close(whole["readings"][-1]["lambda_max"], one["readings"][-1]["lambda_max"], 1e-3)
+
+
+def treated(treatment):
+    """A deep linear net of tiny weights (a saddle), or a layer that has shrunk; only this treatment is allowed."""
+    torch.manual_seed(0)
+    sizes = (6, 6, 6, 6)
+    whole = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes)))
+    with torch.no_grad():
+        for p in whole.parameters():
+            p.mul_(0.03)
+    x = torch.randn(32, 6)
+    y = x @ torch.randn(6, 6)
+    if dist.is_initialized():
+        for layer in whole:
+            fully_shard(layer)
+        fully_shard(whole)
+    criterion, reports = nn.MSELoss(), []
+    optimizer = AdaptiveOptimizer(
+        torch.optim.SGD(whole.parameters(), lr=1e-3, momentum=0.5),
+        whole,
+        loss_fn=criterion,
+        probe=LanczosProbe(overhead=1.0, price=1.0),
+        policy=ConstantPolicy("base", (treatment,)),
+        sinks=[reports.append],
+    )
+    for _ in range(60):
+        optimizer.zero_grad()
+        criterion(whole(mine(x)), mine(y)).backward()
+        optimizer.step()
+    events = [e for r in reports for e in r.events]
+    params = [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in whole.parameters()]
+    assert optimizer.control.gate.distrust == ""
+    return [e.sentence() for e in events], [(e.step, e.name, e.outcome) for e in events], reports[-1].loss, params
+
+
+@pytest.mark.parametrize("treatment", ["escape", "spectral"])
+def test_treatments_move_the_shards_as_they_move_the_whole(two, treatment):
+    _, events, loss, params = treated(treatment)
+    (words, seen, loss_a, a), (others, _, loss_b, b) = two.run(treated, treatment)
+    assert {name for _, name, _ in events} == {treatment}
+    assert "pending" in {outcome for _, _, outcome in events}  # it found something to do
+    assert words == others
+    assert seen == events
+    assert loss_a == loss_b == pytest.approx(loss, rel=1e-3)
+    for whole, mine_, other in zip(params, a, b, strict=True):
+        assert torch.equal(mine_, other)
+        torch.testing.assert_close(mine_, whole, rtol=2e-2, atol=2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -444,8 +445,17 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
         mapped = [map_leaves(fn, x) for x in tree]
         return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     if isinstance(tree, dict):
-        return {k: map_leaves(fn, x) for k, x in tree.items()}
+        mapped = {k: map_leaves(fn, x) for k, x in tree.items()}
+        return mapped if type(tree) is dict else _alike(tree, mapped)
     return fn(tree)
+
+
+def _alike(tree: dict[Any, Any], mapped: dict[Any, Any]) -> dict[Any, Any]:
+    """A dict of the same class, whose entries may be attributes too: a Hugging Face output."""
+    other = copy(tree)
+    for k, x in mapped.items():
+        other[k] = x
+    return other
 
 
 def _ungraphed(x: Any) -> Any:

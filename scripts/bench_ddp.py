@@ -2,6 +2,7 @@
 
 Counted: floating-point operations of products and gradients (torch's FlopCounterMode), as gradient-equivalents of the global
 batch. Measured: the process's own CPU time (waiting for the others does not count). DistributedDataParallel over gloo.
+Several processes measure once more with a memory that the whole basis does not fit into: then each keeps a share of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
 
-BATCH = 512
+BATCH, STEPS = 512, 10
 
 
 def model() -> nn.Module:
@@ -34,7 +35,7 @@ def model() -> nn.Module:
     return nn.Sequential(*conv, nn.Linear(32 * 36, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def measure(rank: int, size: int, store: str, repeats: int, results: mp.SimpleQueue) -> None:
+def measure(rank: int, size: int, store: str, repeats: int, shared: bool, results: mp.SimpleQueue) -> None:
     torch.set_num_threads(1)
     net = whole = model()
     if size > 1:
@@ -44,7 +45,9 @@ def measure(rank: int, size: int, store: str, repeats: int, results: mp.SimpleQu
     x, y = x[rank::size], y[rank::size]
     criterion = nn.CrossEntropyLoss()
     base = torch.optim.AdamW(whole.parameters(), lr=1e-3)
-    probe = LanczosProbe(overhead=0, num_steps=10)
+    n = sum(p.numel() for p in whole.parameters())
+    memory = (STEPS + 4) * n * 4 - 1 if shared else None  # one byte less than the whole basis takes
+    probe = LanczosProbe(overhead=0, num_steps=STEPS, memory=memory, backend="exact")
     optimizer = AdaptiveOptimizer(base, net, loss_fn=criterion, probe=probe, policy=ConstantPolicy("base"))
     counted, seconds = [], []
     for _ in range(repeats):
@@ -61,7 +64,9 @@ def measure(rank: int, size: int, store: str, repeats: int, results: mp.SimpleQu
             counted.append(counter.get_total_flops())
     with FlopCounterMode(display=False) as one:
         criterion(whole(x), y).backward()
-    results.put((rank, counted[0], one.get_total_flops() * size, median(seconds), reading.lambda_max))
+    vectors = (STEPS + 1) / size if reading.method == "shared" else STEPS + 1
+    words = f"lambda_max {reading.lambda_max:.5f}, basis {reading.method}: {4e-6 * n * vectors:.2f} MB each"
+    results.put((rank, counted[0], one.get_total_flops() * size, median(seconds), words))
     if size > 1:
         dist.destroy_process_group()
 
@@ -73,16 +78,17 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     alone: tuple[float, float] | None = None
-    for size in args.ranks:
+    for size, shared in [(n, shared) for n in args.ranks for shared in ([False, True] if n > 1 else [False])]:
         results = mp.get_context("spawn").SimpleQueue()
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(measure, (size, f"{folder}/store", args.repeats, results), size)
+            mp.spawn(measure, (size, f"{folder}/store", args.repeats, shared, results), size)
         rows = sorted(results.get() for _ in range(size))
         work, seconds = max(flops / gradient for _, flops, gradient, _, _ in rows), max(row[3] for row in rows)
         alone = alone or (work, seconds)
         print(
             f"{size} processes: {work:6.2f} gradients of the global batch each ({100 * work / alone[0]:.1f} %), "
-            f"{seconds:.3f} s of CPU each ({100 * seconds / alone[1]:.1f} %), lambda_max {rows[0][4]:.5f}"
+            f"{seconds:.3f} s of CPU each ({100 * seconds / alone[1]:.1f} %), {rows[0][4]}",
+            flush=True,
         )
 
 

@@ -2,6 +2,7 @@
 
 Trainer(optimizers=(adaptive(model, lr=5e-5), None))
 Trainer(optimizer_cls_and_kwargs=(AdaptiveFactory, {"lr": 5e-5, "weight_decay": 0.01}))
+Trainer(compute_loss_func=criterion, optimizer_cls_and_kwargs=(AdaptiveFactory, {"lr": 5e-5, "loss_fn": criterion}))
 trainer.add_callback(LogReadings(trainer))
 """
 
@@ -19,7 +20,7 @@ from adaptive_opt.optimizer import AdaptiveOptimizer
 from adaptive_opt.records import StepReport
 from adaptive_opt.telemetry import scalars
 
-OURS = ("probe", "policy", "modes", "interventions", "step_size", "validate", "sinks", "objective")
+OURS = ("probe", "policy", "modes", "interventions", "step_size", "validate", "sinks", "objective", "loss_fn")
 
 
 def adaptive(
@@ -28,10 +29,12 @@ def adaptive(
     """A wrapped optimizer over the groups that Trainer itself makes: no weight decay on biases and normalisation layers.
 
     base: the optimizer's class. kwargs: AdaptiveOptimizer's own keywords (probe, policy, modes, interventions, step_size,
-    validate, sinks, objective) go to it, all others (lr, betas, fused ...) to the base. The batch is replayed through the
-    model's own `output.loss`; a loss that Trainer computes outside of the model (`compute_loss_func=`, label smoothing) is
-    noticed and switches measurements off. `optim` and `learning_rate` of TrainingArguments are not looked at; its schedule,
-    clipping and accumulation work as always.
+    validate, sinks, objective, loss_fn) go to it, all others (lr, betas, fused ...) to the base. The batch is replayed through
+    the model's own `output.loss`. A loss that Trainer computes outside of the model can be replayed if it is a Module, given
+    to both: `Trainer(compute_loss_func=criterion)` and `loss_fn=criterion`, with `forward(outputs, labels,
+    num_items_in_batch=None)`. A plain function, and `label_smoothing_factor` (give CrossEntropyLoss's own in such a Module),
+    switch the measurements off, with one warning. `optim` and `learning_rate` of TrainingArguments are not looked at; its
+    schedule, clipping and accumulation work as always.
     """
     ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

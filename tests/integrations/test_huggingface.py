@@ -4,14 +4,21 @@ import random
 
 import pytest
 import torch
-from torch.optim import SGD, AdamW, RMSprop
+from bases import Lion
+from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
 from adaptive_opt.integrations.huggingface import AdaptiveFactory, LogReadings, adaptive
 from adaptive_opt.integrations.unwrap import wrapper_in
 
-BASES = {"AdamW": (AdamW, {"lr": 1e-3}), "SGD": (SGD, {"lr": 0.05, "momentum": 0.9}), "RMSprop": (RMSprop, {"lr": 1e-4})}
+BASES = {
+    "AdamW": (AdamW, {"lr": 1e-3}),
+    "SGD": (SGD, {"lr": 0.05, "momentum": 0.9}),
+    "RMSprop": (RMSprop, {"lr": 1e-4}),
+    "Adagrad": (Adagrad, {"lr": 1e-2}),
+    "Lion": (Lion, {"lr": 1e-4}),
+}
 IDLE = {"probe": LanczosProbe(every=3, num_steps=3), "policy": ConstantPolicy("base")}
 
 
@@ -38,7 +45,7 @@ def bert():
 
 def trainer(folder, model, steps=8, **kwargs):
     arguments = {"max_steps": steps, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    passed = {k: kwargs.pop(k) for k in ("optimizers", "optimizer_cls_and_kwargs") if k in kwargs}
+    passed = {k: kwargs.pop(k) for k in ("optimizers", "optimizer_cls_and_kwargs", "compute_loss_func") if k in kwargs}
     args = TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{**arguments, **kwargs})
     return Trainer(model, args, train_dataset=Tokens(), **passed)
 
@@ -56,10 +63,19 @@ def assert_same(a, b):
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1}, {"bf16": True}], ids=str)
-@pytest.mark.parametrize("base", BASES)
+OPTIONS = {
+    "plain": {},
+    "accumulation and clipping": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1},
+    "bf16": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [*(("AdamW", o) for o in OPTIONS), *((b, "accumulation and clipping") for b in BASES if b != "AdamW")],
+)
 def test_a_probed_trainer_run_equals_the_bare_one_bit_for_bit(tmp_path, base, options):
-    model = bert()
+    model, options = bert(), OPTIONS[options]
     run = trainer(tmp_path, model, optimizers=(bare(model, base), None), **options)
     run.train()
     for way in ("optimizers", "optimizer_cls_and_kwargs"):
@@ -71,7 +87,7 @@ def test_a_probed_trainer_run_equals_the_bare_one_bit_for_bit(tmp_path, base, op
         optimizer = wrapper_in(probed.optimizer)
         assert optimizer.steps == 8
         assert optimizer.control.gate.trusted is True
-        assert optimizer.reading.stability > 0
+        assert base == "Lion" or optimizer.reading.stability > 0
         assert_same(weights(model), weights(other))
 
 
@@ -138,3 +154,45 @@ def test_a_frozen_encoder_trains_its_head_alone(tmp_path):
     assert isinstance(optimizer, AdaptiveOptimizer)
     assert optimizer.control.gate.trusted is True
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 2
+
+
+class Smoothed(torch.nn.Module):
+    """A loss of one's own, as `compute_loss_func` is called."""
+
+    def forward(self, outputs, labels, num_items_in_batch=None):
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1, reduction="sum")
+        return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loss_of_ones_own_is_measured_if_it_is_a_module_that_the_wrapper_knows(tmp_path, accumulate):
+    model, criterion = bert(), Smoothed()
+    options = {"compute_loss_func": criterion, "gradient_accumulation_steps": accumulate}
+    trainer(tmp_path, model, optimizers=(bare(model, "AdamW"), None), **options).train()
+    other = bert()
+    asked = {"weight_decay": 0.01, "lr": 1e-3, "loss_fn": criterion, **IDLE}
+    run = trainer(tmp_path, other, optimizer_cls_and_kwargs=(AdaptiveFactory, asked), **options)
+    run.train()
+    optimizer = wrapper_in(run.optimizer)
+    assert optimizer.control.gate.trusted is True
+    assert optimizer.reading.batch_size == 4 * accumulate
+    assert_same(weights(model), weights(other))
+
+
+OUTSIDE = {
+    "compute_loss_func": {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: Smoothed()(outputs, labels)},
+    "label_smoothing_factor": {"label_smoothing_factor": 0.1},
+}
+
+
+@pytest.mark.parametrize("how", OUTSIDE)
+def test_a_loss_that_nobody_hears_trains_as_with_the_bare_base_and_says_that_nothing_is_measured(tmp_path, how):
+    model, other = bert(), bert()
+    trainer(tmp_path, model, optimizers=(bare(model, "AdamW"), None), **OUTSIDE[how]).train()
+    asked = {"weight_decay": 0.01, "lr": 1e-3, **IDLE}
+    run = trainer(tmp_path, other, optimizer_cls_and_kwargs=(AdaptiveFactory, asked), **OUTSIDE[how])
+    with pytest.warns(UserWarning, match="measures nothing: the model's output has no .loss and no loss_fn was given") as said:
+        run.train()
+    assert len([w for w in said if "adaptive_opt" in str(w.message)]) == 1
+    assert wrapper_in(run.optimizer).reading is None
+    assert_same(weights(model), weights(other))

@@ -56,7 +56,6 @@ def test_torchrun_around_a_sweep_is_refused(tmp_path):
 
 def test_a_sweep_by_submitit_on_this_machine(tmp_path):
     """What SLURM would be given, run by submitit's local executor; each job starts two ranks."""
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install hydra-submitit-launcher")
     sweep = ["hydra/launcher=local", "seed=0,1", "trainer.nproc=2", f"hydra.sweep.dir={tmp_path}"]
     done = called([sys.executable, TRAIN, "-m", *SHORT[:-1], *sweep], tmp_path, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from problems import BASES as SHARED
+from bases import FIVE
 from problems import CLASSES, CNN
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -38,18 +38,10 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
-with warnings.catch_warnings():  # what its import says of other packages is not ours
-    warnings.simplefilter("ignore")
-    import pytorch_optimizer
-
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
 from adaptive_opt.integrations.checkpoint import OptimizerState
 
-BASES = {
-    **SHARED,
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=1e-3),
-    "lion": lambda p: pytorch_optimizer.Lion(p, lr=1e-3, weight_decay=1e-2),
-}
+BASES = dict(FIVE)
 PROBED = {"probe": LanczosProbe(every=3, num_steps=3), "policy": ConstantPolicy("base")}
 STEPS = 9
 
@@ -392,10 +384,14 @@ def test_state_holds_tensors_by_parameter_only(base):
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled, unavailable or uninitialized.*")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("policy", [None, ConstantPolicy("kfac")], ids=["rules", "kfac"])
-def test_distributed_checkpoint_goes_on_bit_for_bit(tmp_path, policy):
+@pytest.mark.parametrize(
+    ("base", "policy"),
+    [*((base, None) for base in BASES), *((base, ConstantPolicy("kfac")) for base in ("sgd", "adamw"))],
+    ids=str,
+)
+def test_distributed_checkpoint_goes_on_bit_for_bit(tmp_path, base, policy):
     wrapped = {"probe": LanczosProbe(every=3, num_steps=3), "policy": policy}
-    run, other = Loop("adamw", wrapped).train(5), Loop("adamw", wrapped)
+    run, other = Loop(base, wrapped).train(5), Loop(base, wrapped)
     for r, move in ((run, dcp.save), (other, dcp.load)):
         move({"model": r.model, "optimizer": OptimizerState(r.model, r.optimizer)}, checkpoint_id=tmp_path)
     assert_same(run.state(), other.state())
@@ -450,12 +446,12 @@ def test_a_schedule_survives_a_switch_of_mode(base):
 # ---- two optimizers, compiled steps ---------------------------------------------------------------------------------------
 
 
-def two_on_one_model(order):
+def two_on_one_model(order, base="sgd"):
     torch.manual_seed(0)
     model, criterion = MLP(), nn.CrossEntropyLoss()
-    optimizers = [
-        AdaptiveOptimizer(torch.optim.SGD(model[i].parameters(), lr=0.5), model, loss_fn=criterion, **PROBED) for i in (0, 3)
-    ]
+    optimizers = [AdaptiveOptimizer(BASES[base](model[i].parameters()), model, loss_fn=criterion, **PROBED) for i in (0, 3)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.5  # far enough for the replayed gradient to turn
     for _ in range(4):
         model.zero_grad()
         criterion(model(torch.randn(16, 12)), torch.randint(0, CLASSES, (16,))).backward()
@@ -464,19 +460,22 @@ def two_on_one_model(order):
     return optimizers
 
 
-def test_of_two_optimizers_on_one_model_the_one_that_comes_second_says_why_it_cannot_replay():
+@pytest.mark.parametrize("base", BASES)
+def test_of_two_optimizers_on_one_model_the_one_that_comes_second_says_why_it_cannot_replay(base):
     with pytest.warns(UserWarning, match="another optimizer has stepped first"):
-        first, second = two_on_one_model((0, 1))
+        first, second = two_on_one_model((0, 1), base)
     assert first.control.gate.trusted is True
     assert first.reading is not None
     assert second.control.gate.trusted is False
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own, in Adam
-def test_a_compiled_training_step():
+@pytest.mark.parametrize("base", BASES)
+def test_a_compiled_training_step(base):
     states = []
     for wrapped in (None, PROBED):
-        run = Loop("adamw", wrapped)
+        torch.compiler.reset()  # each base's step is compiled anew
+        run = Loop(base, wrapped)
         plain = run.step
         run.step = torch.compile(lambda x, y, n, plain=plain: plain(x, y, n), backend="eager")
         said = nullcontext() if wrapped is None else pytest.warns(UserWarning, match="compile the model")

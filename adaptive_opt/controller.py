@@ -34,7 +34,7 @@ from adaptive_opt.records import Decision, Event, History, LayerReading, Outlier
 from adaptive_opt.sharded import gathered, is_sharded
 from adaptive_opt.signals import Signals
 from adaptive_opt.stays import Stays
-from adaptive_opt.verify import Trial
+from adaptive_opt.verify import MORE, Trial, Verdict
 
 SAMPLE_EVERY = (
     10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
@@ -485,10 +485,17 @@ class Controller:
             return False
         self.trial = None
         try:
-            kept, result = self._judge(trial, trend, ctx)
+            verdict = self._judge(trial, trend, ctx)
         except Exception as error:
             self._distrust(error, events)
-            kept, result = True, "no verdict: the batch could not be evaluated again"
+            verdict = Verdict(True, "no verdict: the batch could not be evaluated again")
+        kept, result = verdict.kept, verdict.result
+        if kept is None and trial.longer < MORE:
+            self.trial = replace(trial, until=self.steps + MODE_TRIAL, longer=trial.longer + 1)
+            events.append(replace(trial.event, outcome="pending", result=f"{result}; {MODE_TRIAL} steps more"))
+            return False
+        if kept is None:
+            result = f"{result}; no gain in {self.steps - trial.event.step} steps"
         outcome = "kept" if kept else "reverted"
         if not kept and trial.name in ("damp", "rollback"):
             outcome = "done"  # there is nothing better to go back to
@@ -503,7 +510,7 @@ class Controller:
         self._wait(trial.name)
         return self._take_back(trial, ctx)
 
-    def _judge(self, trial: Trial, trend: Trend, ctx: StepContext) -> verify.Verdict:
+    def _judge(self, trial: Trial, trend: Trend, ctx: StepContext) -> Verdict:
         if trial.name == "escape":
             ctx.cost += 2 * FORWARD
             return verify.with_and_without(ctx.objective, trial.before.values(self.base) if trial.before else {})

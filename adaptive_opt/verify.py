@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from itertools import pairwise
+from statistics import fmean, median
 from typing import Any
 
 from scipy.stats import linregress
@@ -15,7 +16,18 @@ from adaptive_opt.interventions import Snapshot
 from adaptive_opt.objective import Objective
 from adaptive_opt.records import Event
 
-Verdict = tuple[bool, str]  # kept?, the numbers in words
+ERRORS = 2.0  # standard errors that a difference must exceed to count as one
+LEVEL = 10  # losses whose median is a level
+FEWEST = 10  # losses from which a slope has an error worth the name
+MORE = 2  # times that a mode's trial is made longer where it tells nothing
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial showed. `kept` is None where it is undecided."""
+
+    kept: bool | None
+    result: str  # the numbers in words, and why
 
 
 @dataclass
@@ -29,6 +41,7 @@ class Trial:
     losses_before: list[float]
     before: Snapshot | None  # the way back
     validation: float | None = None  # the user's validation loss before a change of mode
+    longer: int = 0  # times that it was made longer
 
     def state_dict(self) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k not in ("event", "before")}
@@ -48,22 +61,35 @@ class Trial:
 def lower_level(before: float | None, since: Sequence[float]) -> Verdict:
     """The loss's level (median of the last ten) against the level at the treatment."""
     if before is None or not since:
-        return True, "no loss to compare"
-    now = median(since[-10:])
-    return now < before, f"loss {before:.4g} -> {now:.4g}"
+        return Verdict(True, "no loss to compare")
+    now = median(since[-LEVEL:])
+    return Verdict(now < before, f"loss {before:.4g} -> {now:.4g}")
 
 
 def faster_progress(before: Sequence[float], since: Sequence[float]) -> Verdict:
-    """Relative progress a step, by least squares on the loss before the switch and since; slower beyond its error fails."""
-    if len(before) < 5 or len(since) < 5:
-        return True, "too few losses to compare"
-    old, old_error = _slope(before)
-    new, new_error = _slope(since)
-    start, end = median(before[-10:]), median(since[-10:])
-    slower = new - old > 2 * math.hypot(old_error, new_error)  # slopes are negative when the loss falls
-    worse = end > start and new > 2 * new_error
-    words = f"progress {-old:.2e} -> {-new:.2e} of the loss a step, loss {start:.4g} -> {end:.4g}"
-    return not (slower or worse), words
+    """Relative progress a step, by least squares on the loss before the switch and since.
+
+    Kept where the loss is seen to fall, and no slower than before by two standard errors. Taken back where it is slower
+    beyond that, or the loss is seen to rise. Undecided in between: an error bar that hides whether it falls at all proves
+    nothing.
+    """
+    if len(before) < FEWEST or len(since) < FEWEST:
+        return Verdict(None, "too few losses to compare")
+    old, old_error = slope(before)
+    new, new_error = slope(since)  # negative when the loss falls
+    start, end = median(before[-LEVEL:]), median(since[-LEVEL:])
+    error = math.hypot(old_error, new_error)
+    words = (
+        f"progress {-old:.2e} +- {old_error:.1e} -> {-new:.2e} +- {new_error:.1e} of the loss a step, "
+        f"loss {start:.4g} -> {end:.4g}"
+    )
+    if new - old > ERRORS * error:
+        return Verdict(False, f"{words}: slower")
+    if new > ERRORS * new_error and end > start:
+        return Verdict(False, f"{words}: the loss rises")
+    if new < -ERRORS * new_error or old - new > ERRORS * error:
+        return Verdict(True, f"{words}: {'no slower' if new <= old else 'slower by less than the error'}")
+    return Verdict(None, f"{words}: the error hides it")
 
 
 def better_mode(trial: Trial, since: Sequence[float], validation: float | None) -> Verdict:
@@ -71,28 +97,39 @@ def better_mode(trial: Trial, since: Sequence[float], validation: float | None) 
 
     SAM is slower on the training loss by its nature: the validation loss alone judges it.
     """
-    kept, result = faster_progress(trial.losses_before, since)
+    progress = faster_progress(trial.losses_before, since)
     if validation is None or trial.validation is None:
-        return kept, result
+        return progress
     words = f"validation loss {trial.validation:.4g} -> {validation:.4g}"
     no_worse = validation <= trial.validation
-    return (no_worse, words) if trial.name == "sam" else (kept and no_worse, f"{result}, {words}")
+    if trial.name == "sam":
+        return Verdict(no_worse, words)
+    return Verdict(progress.kept if no_worse else False, f"{progress.result}, {words}")
 
 
 def with_and_without(objective: Objective | None, values_before: Mapping[int, Tensor]) -> Verdict:
     """The next batch's loss where the treatment led, and with the parameters as they were before it (by id)."""
     if objective is None:
-        return True, "no batch to compare on"
+        return Verdict(True, "no batch to compare on")
     with_it, without = objective.loss(), objective.loss_with(values_before)
-    return with_it < without, f"next batch's loss {without:.6g} without, {with_it:.6g} with it"
+    return Verdict(with_it < without, f"next batch's loss {without:.6g} without, {with_it:.6g} with it")
 
 
-def _slope(losses: Sequence[float]) -> tuple[float, float]:
-    """Slope a step of log(loss), or of loss / |mean| where it is not positive, and its standard error."""
+def slope(losses: Sequence[float]) -> tuple[float, float]:
+    """Slope a step of log(loss), or of loss / |mean| where it is not positive, and its standard error.
+
+    Losses of neighbouring steps are alike: with residuals of lag-one autocorrelation r, n of them tell as much as
+    n (1 - r) / (1 + r) independent ones (Santer et al., 2000), and the error is larger by the root of that.
+    """
     if min(losses) > 0:
         y = [math.log(x) for x in losses]
     else:
         size = abs(sum(losses) / len(losses)) or 1.0
         y = [x / size for x in losses]
     fit = linregress(range(len(y)), y)
-    return float(fit.slope), float(fit.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+    a, b = float(fit.intercept), float(fit.slope)  # pyright: ignore[reportAttributeAccessIssue]
+    residuals = [v - a - b * t for t, v in enumerate(y)]
+    variance = fmean(r * r for r in residuals)
+    alike = fmean(r * s for r, s in pairwise(residuals)) / variance if variance > 0 else 0.0
+    r = min(max(alike, 0.0), 0.9)  # fifty losses do not tell 0.9 from 1
+    return b, float(fit.stderr) * math.sqrt((1 + r) / (1 - r))  # pyright: ignore[reportAttributeAccessIssue]

@@ -103,6 +103,9 @@ ABLE = History(step=200, can_replay=True, can_validate=True)
         ([Condition.SHARP], replace(ABLE, can_validate=False), "base", ()),  # only validation shows what SAM is worth
         ([Condition.SHARP], replace(ABLE, mode="kfac"), "kfac", ()),  # one mode at a time
         ([Condition.NON_FINITE], replace(ABLE, trial="kfac"), "base", ("rollback",)),  # urgent
+        (list(Condition)[:-1], ABLE, "base", ("rollback", "rollback", "damp", "escape")),  # all urgent ones, then one
+        ([Condition.DRIFTING, Condition.ILL_CONDITIONED, Condition.SHARP], ABLE, "base", ("spectral",)),
+        ([Condition.SHARP, Condition.ILL_CONDITIONED], ABLE, "kfac", ()),  # whatever the order of the findings
     ],
 )
 def test_the_table_decides(found, history, mode, interventions):

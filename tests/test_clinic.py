@@ -55,8 +55,9 @@ def test_every_workload_runs_bare_and_as_the_human_would(name):
         assert (row["steps"], row["gradient_equivalents"]) == (2, 2)
 
 
-def test_at_equal_steps_an_untreated_run_equals_the_bare_one():
-    bare, ours = (run(Job("scaled features", arm, "AdamW", 1, "steps"), steps=5) for arm in ("bare", "rules"))
+@pytest.mark.parametrize("name", ["scaled features", "MNIST CNN"])  # the second has dropout
+def test_at_equal_steps_an_untreated_run_equals_the_bare_one(name):
+    bare, ours = (run(Job(name, arm, "AdamW", 1, "steps"), steps=4) for arm in ("bare", "rules"))
     assert ours["value"] == bare["value"]
     assert ours["gradient_equivalents"] > bare["gradient_equivalents"]
 

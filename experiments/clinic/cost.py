@@ -55,9 +55,10 @@ class Meter:
     def price(self, gradient: Callable[[], Any]) -> None:
         """Look at what a gradient costs where nobody listens, if it is time to."""
         if not self.bare and self.gradients % PRICED == 0:
-            began = time.process_time()
-            gradient()
-            self._prices.append(time.process_time() - began)
+            with torch.random.fork_rng(devices=[]):  # the loop's own dropout must not notice
+                began = time.process_time()
+                gradient()
+                self._prices.append(time.process_time() - began)
 
     @contextmanager
     def step(self) -> Iterator[None]:

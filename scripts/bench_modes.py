@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ class Work:
 # ---- workloads -------------------------------------------------------------------------------------------------------
 
 
-def poisson(seed: int) -> Work:
-    task = Poisson(seed)
+def poisson(seed: int, points: int = 256) -> Work:
+    task = Poisson(seed, points=points)
     return Work(task.model, lambda: task.batch(0), lambda: task.evaluate()["relative_error"], objective=task.objective)
 
 
@@ -132,11 +133,11 @@ ARMS: dict[str, Callable[[Work, float], Any]] = {
     "AdamW": lambda w, lr: adamw(w.model.parameters(), lr),
     "AdamW, beta2 0.95": lambda w, lr: adamw(w.model.parameters(), lr, 0.95),
     "kfac": wrapped(KFAC),
-    "kfac, beta 0.95": wrapped(lambda: KFAC(beta=0.95)),
+    "kfac, beta 0.99": wrapped(lambda: KFAC(beta=0.99)),
     "kfac, of layers": wrapped(lambda: KFAC("kfac")),
     "sam": wrapped(lambda: SAM(rho=0.05)),
     "sam, every 2nd": wrapped(lambda: SAM(rho=0.05, every=2)),
-    "asam": wrapped(lambda: SAM(rho=1.0, adaptive=True)),
+    "asam": wrapped(lambda: SAM(rho=2.0, adaptive=True)),
     "kfac_sam": wrapped(lambda: SAM(rho=0.05, inner=KFAC())),
     "sgd": wrapped(SGDStep),
     "SOAP (peer)": peer("SOAP", weight_decay=0.01),
@@ -158,18 +159,18 @@ class Contest:
     arms: tuple[str, ...]
 
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES, LOW = (1e-3, 3e-3, 1e-2, 3e-2), (1e-4, 3e-4, 1e-3, 3e-3)
+SECOND_ORDER = ("AdamW", "kfac", "kfac, of layers", "SOAP (peer)", "Muon (peer)", "Shampoo (peer)")
+SHARP = ("AdamW", "sam", "sam, every 2nd", "asam", "SAM (peer)")
+TUNED = ("AdamW", "AdamW, beta2 0.95", "kfac", "kfac, beta 0.99", *SECOND_ORDER[2:])
 CONTESTS = {
-    "poisson": Contest(
-        poisson, "relative L2 error", 6, None, RATES, ("AdamW", "AdamW, beta2 0.95", "kfac", "kfac, beta 0.95", "SOAP (peer)")
-    ),
-    "noise": Contest(
-        noise, "test error, %", 4, None, (1e-4, 3e-4, 1e-3, 3e-3), ("AdamW", "sam", "sam, every 2nd", "asam", "SAM (peer)")
-    ),
-    "noise, equal steps": Contest(noise, "test error, %", None, 2000, (1e-4, 3e-4, 1e-3, 3e-3), ("AdamW", "sam")),
-    "gpt": Contest(gpt, "validation loss", 8, None, RATES, ("AdamW", "kfac", "SOAP (peer)")),
-    "gpt, equal steps": Contest(gpt, "validation loss", None, 400, RATES, ("AdamW", "kfac", "SOAP (peer)")),
-    "autoencoder": Contest(autoencoder, "train MSE", 4, None, RATES, ("AdamW", "kfac", "SOAP (peer)")),
+    "autoencoder": Contest(autoencoder, "train MSE", 4, None, RATES, SECOND_ORDER),
+    "poisson": Contest(poisson, "relative L2 error", 6, None, RATES, TUNED),
+    "poisson, 1024 points": Contest(partial(poisson, points=1024), "relative L2 error", 10, None, RATES, TUNED[1:3]),
+    "noise": Contest(noise, "test error, %", 10, None, LOW, SHARP),
+    "noise, equal steps": Contest(noise, "test error, %", None, 4000, LOW, SHARP[:2]),
+    "gpt": Contest(gpt, "validation loss", 8, None, RATES, SECOND_ORDER),
+    "gpt, equal steps": Contest(gpt, "validation loss", None, 400, RATES, SECOND_ORDER[:4]),
     "mnist": Contest(mnist, "test error, %", 5, None, RATES, ("AdamW", "kfac", "sam")),
 }
 
@@ -312,7 +313,7 @@ def held(optimizer: Any) -> int:
 
 # ---- what a switch does ----------------------------------------------------------------------------------------------
 
-SWITCHED = {"kfac": KFAC, "sam": lambda: SAM(rho=0.05), "sgd": SGDStep}
+SWITCHED = {"kfac": KFAC, "sam": SAM, "sgd": SGDStep}  # with their defaults
 
 
 def switch(book: Book, seeds: int) -> None:
@@ -431,7 +432,7 @@ def draw(book: Book, path: Path) -> None:
         rows = summary(book, name)[::-1]
         axis.errorbar([r["mean"] for r in rows], range(len(rows)), xerr=[r["half"] for r in rows], fmt="o", capsize=3)
         axis.set_yticks(range(len(rows)), [r["arm"] for r in rows], fontsize=7)
-        axis.set_xscale("log" if name == "poisson" else "linear")
+        axis.set_xscale("log" if name.startswith("poisson") else "linear")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(CONTESTS[name].metric, fontsize=8)
         axis.tick_params(axis="x", labelsize=7)

@@ -171,8 +171,8 @@ def modes(seeds: int) -> list[Row]:
     """kfac and sam as constant modes beside the base: equal steps, and what their defaults were chosen among."""
     made: dict[str, Callable[[], Mode]] = {
         "base": BaseStep,
-        "kfac, beta 0.95": lambda: KFAC(beta=0.95),
-        "kfac (beta 0.99)": KFAC,
+        "kfac (beta 0.95)": KFAC,
+        "kfac, beta 0.99": lambda: KFAC(beta=0.99),
         "sam, rho 0.005": lambda: SAM(rho=0.005),
         "sam (rho 0.01)": SAM,
         "sam, rho 0.02": lambda: SAM(rho=0.02),

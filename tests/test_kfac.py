@@ -115,6 +115,14 @@ def test_what_is_not_preconditioned_takes_the_bases_own_step_bit_for_bit(name):
     assert base.param_groups[0]["params"] == [W, bias]
 
 
+def test_rmsprop_keeps_its_own_alpha():
+    """Without momentum a shorter memory is noise: docs/evidence.md, "modes"."""
+    a, b = make("mlp", 15), make("mlp", 15)
+    for problem, beta2 in ((a, 0.5), (b, None)):
+        train(problem, wrapped(problem, o.RMSprop(problem.model.parameters(), lr=1e-3), "kfac", KFAC(every=3, beta2=beta2)))
+    assert_same(a.model, b.model, rtol=0, atol=0)
+
+
 # ---- references ------------------------------------------------------------------------------------------------------
 
 

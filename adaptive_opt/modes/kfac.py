@@ -34,13 +34,13 @@ class KFAC:
     source: "gradient" takes L = E[G G'] and R = E[G'G] of each weight's gradient, and works with any loss; "kfac" takes
     the layers' inputs and output gradients (Linear, Conv1d, Conv2d, Embedding; needs `model`), and falls back to the
     gradient where that is not possible; `coverage()` says where and why. sharing: what "kfac" does with weights that are
-    used at many positions. beta: forgetting of the factors (measured: docs/evidence.md, "modes"). beta2: Adam's
-    second-moment forgetting (RMSprop's alpha) for the preconditioned weights while the mode is on; 0.999 in a turning basis
-    ruins it (docs/evidence.md); None leaves the base's own. every: steps between changes of basis, update_every: between
-    updates of the factors, both of small blocks; those of b > 64 rows change b / 64 times as rarely (layers' factors: all
-    as often). max_dim, max_blocks: a longer side is cut into blocks, a side that would need more of them is not rotated.
-    method: "eigh", or "qr" for one step of power iteration at each change after the first. damping, ekfac: bases of SGD's
-    kind only, see `_direction`.
+    used at many positions. beta: forgetting of the factors (measured: docs/evidence.md, "bench-modes"). beta2: Adam's
+    second-moment forgetting for the preconditioned weights while the mode is on; 0.999 in a turning basis ruins it
+    (docs/evidence.md); None leaves the base's own, as RMSprop's alpha is left. every: steps between changes of basis,
+    update_every: between updates of the factors, both of small blocks; those of b > 64 rows change b / 64 times as rarely
+    (layers' factors: all as often). max_dim, max_blocks: a longer side is cut into blocks, a side that would need more of
+    them is not rotated. method: "eigh", or "qr" for one step of power iteration at each change after the first. damping,
+    ekfac: bases of SGD's kind only, see `_direction`.
 
     Parameters with fewer than two dimensions take the base's step as it is. Held between steps: at most 2 (m^2 + n^2)
     numbers for a matrix of m rows and n columns, and their eigenvalues, m + n (with ekfac and such a base also m n);
@@ -55,7 +55,7 @@ class KFAC:
         self,
         source: str = "gradient",
         *,
-        beta: float = 0.99,
+        beta: float = 0.95,
         beta2: float | None = 0.95,
         every: int = 10,
         update_every: int | None = None,
@@ -301,8 +301,6 @@ class KFAC:
         values: dict[str, Any] = {}
         if self.beta2 is not None and "betas" in group:
             values["betas"] = (group["betas"][0], min(self.beta2, float(group["betas"][1])))
-        if self.beta2 is not None and "alpha" in group:
-            values["alpha"] = min(self.beta2, float(group["alpha"]))
         if "weight_decay" in group and not own_decay:
             values["weight_decay"] = 0.0
         return values

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Poisson:
-    """Full batch: the equation's residual at 256 points and the boundary's values. No `loss_fn` says it: `objective` does."""
+    """Full batch: the equation's residual at `points` and the boundary's values. No `loss_fn` says it: `objective` does."""
 
-    def __init__(self, seed: int = 0, steps: int = 1000, width: int = 48):
+    def __init__(self, seed: int = 0, steps: int = 1000, width: int = 48, points: int = 256):
         torch.manual_seed(seed)
         self.model = nn.Sequential(
             nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(),
@@ -19,7 +19,7 @@ class Poisson:
         )  # fmt: skip
         self.loss_fn = nn.MSELoss()
         self.steps = steps
-        self.inside = torch.rand(256, 2).requires_grad_()
+        self.inside = torch.rand(points, 2).requires_grad_()
         self.f = 5 * math.pi**2 * exact(self.inside.detach())
         s = torch.linspace(0, 1, 20)
         self.edge = torch.cat(

@@ -111,6 +111,8 @@ class Controller:
         sick = not trend.finite or trend.spike or trend.outlier is not None  # this batch proves nothing
         taken_back = not sick and self._verdict(ctx, trend, events)  # then its gradients belong to where we are no more
         reading = None if sick or taken_back else self._measure(ctx, trend, events)
+        if reading is None and not sick and not taken_back:
+            self._look_ahead(ctx, trend, events)
         fresh = self.reading is not None and self.steps - self.reading.step <= FRESH
         recent = self.reading if fresh else None
         diagnosis = diagnose(trend, reading, self.kappas, self.first_layers, recent)
@@ -292,7 +294,7 @@ class Controller:
         if ctx.objective is None:
             return None
         cheap, full = ctx.costs or self._costs(ctx.objective)
-        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self._watchful, alarm=self.alarm)
+        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self._watchful, alarm=self.alarm, looks=self._looks)
         self.alarm = False
         stale = kind == "full" or self.gate.trusted is None or self.steps - self.last_trust >= TRUST_READING
         if kind is None or (stale and not self._trust(ctx, events)):
@@ -304,6 +306,27 @@ class Controller:
         except Exception as error:
             self._distrust(error, events)
             return None
+
+    def _look_ahead(self, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
+        """Between readings an automatic step size asks what the loss will be at the end of the coming step."""
+        if not self._looks or self.damp is None or ctx.objective is None or not ctx.mode.steps_as_base or not self.gate.trusted:
+            return
+        clipped = self.gate.clip_norm is not None and (trend.grad_norm or 0.0) > 0.99 * self.gate.clip_norm
+        if clipped or not self.lr_scale > 0 or not self.probe.looks_ahead(self.steps, self.memory, FORWARD):
+            return  # a clipped gradient is not the loss's slope
+        try:
+            with self.memory.clock.measuring(all_params(self.base)[0].device):
+                seen = self.probe.look_ahead(ctx.objective, self.base, self.memory, self.steps, self.lr_scale)
+        except Exception as error:
+            self._distrust(error, events)
+            return
+        if seen is not None:
+            self.damp.look(self.steps, seen)
+
+    @property
+    def _looks(self) -> bool:
+        """The step size is followed by looks ahead."""
+        return self.damp is not None and self.damp.looks
 
     def _read(self, objective: Objective, mode: Mode, kind: str, whole: bool = False, layers: bool = True) -> Reading:
         """What is known of the coming step holds where the mode steps by the base's rule in the parameters' own basis."""

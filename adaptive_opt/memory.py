@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptive_opt.clock import Clock
 
 VECTORS = ("top", "sharpest", "bottom", "anchor")
-COUNTS = ("spent", "price", "whole", "last_cheap", "last_full", "began")
+COUNTS = ("spent", "price", "whole", "last_cheap", "last_full", "last_look", "began")
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ProbeMemory:
     whole: bool = False  # the batch cannot be cut
     last_cheap: int = -1
     last_full: int = -1
+    last_look: int = -1  # ahead
     began: int | None = None  # step of a reading at which the base had no state yet; None: there was none
     clock: Clock = field(default_factory=Clock)
 

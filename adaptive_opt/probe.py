@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adaptive_opt.ahead import overshoot_ahead
 from adaptive_opt.curvature import BACKENDS, CURVATURES, CannotMeasure, Part, flatten, operator_on
 from adaptive_opt.curvature.vectors import norm
 from adaptive_opt.layers import KINDS, measure_layers, tensors
@@ -166,6 +167,18 @@ class LanczosProbe(Schedule):
             reading, drawn = objective.team.first((reading, memory.generator.get_state()))
             memory.generator.set_state(drawn)
         return reading
+
+    def look_ahead(self, objective: Objective, base: Optimizer, memory: ProbeMemory, step: int, share: float) -> float | None:
+        """Overshoot of the step that `base` is about to take, from one forward pass at `share` of it; None: not to be had."""
+        m = self._metric(base, objective.params, memory, step, [])
+        memory.last_look = step
+        if m is None:
+            return None
+        overshoot, passes = overshoot_ahead(
+            objective, m, flatten([p.grad for p in objective.params if p.grad is not None]), share
+        )
+        memory.spent += passes * FORWARD
+        return overshoot
 
     def _metric(
         self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, step: int, notes: list[str]

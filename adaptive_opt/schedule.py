@@ -10,6 +10,7 @@ from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.records import Trend
 
 FINANCED = 500  # steps: the first readings are paid for by the budget of this many steps
+EARLY_LOOKS = 16  # steps: while a momentum fills and the first large gradients pass
 REPRICED = 128  # the first step at which measured time is looked at; then at every power of two
 
 
@@ -46,10 +47,12 @@ class Schedule:
         full_cost: float,
         watchful: bool = False,
         alarm: bool = False,
+        looks: bool = False,
     ) -> str | None:
         """What to take in this step, "full", "cheap" or None: deterministic, from counts and costs alone.
 
         `watchful`: a treatment follows the readings; the whole budget goes into them. `alarm`: look now.
+        `looks`: what the early readings are for is seen by looks ahead, at a tenth of their cost.
         """
         step, price = trend.step, memory.price if self.price is None else self.price
         if self.every is not None:
@@ -68,9 +71,15 @@ class Schedule:
             return "cheap"
         if watchful and (step - memory.last_cheap) * self.overhead >= cheap_cost:
             return "cheap" if memory.spent + cheap_cost <= self.overhead * (step + FINANCED) else None
-        early = step <= 64 and (step & (step - 1)) == 0  # 0, 1, 2, 4, ... 64
+        early = step <= (0 if looks else 64) and (step & (step - 1)) == 0  # 0, 1, 2, 4, ... 64
         late = (step - memory.last_cheap) * self.overhead >= 2 * cheap  # half of the budget
         return "cheap" if (early or late) and spent + cheap <= allowance else None
+
+    def looks_ahead(self, step: int, memory: ProbeMemory, cost: float) -> bool:
+        """Whether a look ahead is due: at each of the first steps, then for two thirds of the budget."""
+        if self.every is not None or not self.overhead:
+            return False
+        return step < EARLY_LOOKS or (step - memory.last_look) * self.overhead >= 1.5 * cost
 
     def keep_time(self, step: int, memory: ProbeMemory, device: torch.device) -> bool:
         """To be called at the end of every step: the run's time goes on, and now and then (True) the price is looked at."""

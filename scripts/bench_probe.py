@@ -40,30 +40,12 @@ from adaptive_opt.curvature import Hessian, count_below, ends, lanczos, scaled, 
 from adaptive_opt.memory import ProbeMemory  # noqa: E402
 from adaptive_opt.metric import metric  # noqa: E402
 from experiments.tasks.gpt import GPT  # noqa: E402
+from experiments.tasks.resnet import resnet20  # noqa: E402
 
 Row = dict[str, Any]
 TRAINED, BETWEEN = 100, 20  # steps before anything is measured, and between a Ritz vector and the run that starts from it
 
 # ---- models --------------------------------------------------------------------------------------------------------------
-
-
-class Residual(nn.Module):
-    def __init__(self, before: int, width: int, stride: int):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.stride, self.grow = stride, width - before
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(h + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grow)))
-
-
-def resnet20() -> nn.Module:
-    """He et al. (2016), shortcuts without parameters, one input channel."""
-    shapes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-    stem = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *(Residual(*s) for s in shapes), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def mlp(sizes: list[int]) -> nn.Module:

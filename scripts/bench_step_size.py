@@ -1,8 +1,9 @@
-"""python scripts/bench_step_size.py [--seeds K] [--workloads ...] [--bases ...] [--out FILE.jsonl] [--figure FILE.png]
+"""python scripts/bench_step_size.py [--seeds K] [--workloads ...] [--bases ...] [--arms ...] [--jobs N] [--out FILE.jsonl]
 
-Bare over nine learning rates, the wrapped optimizer over the same nine (`step_size="user"`), and `step_size="auto"`, which
-takes none: the section "step size" of docs/evidence.md. Same cosine schedule and steps for all. One line a run; what is in
-the file is not run again.
+Bare over nine learning rates, the wrapped optimizer over the same nine (`step_size="user"`), `step_size="auto"`, which takes
+none, and the peers that take none (experiments/learning_rate_free.py): the section "step size" of docs/evidence.md. The same
+budget of gradient-equivalents for all: what probes or tries steps less. Cosine annealing over the budget for all but
+those whose authors want none. One line a run; what is in the file is not run again. `--figure FILE.png` draws it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import logging
 import math
+import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,82 +23,173 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from torch.optim import SGD, AdamW, Optimizer, RMSprop  # noqa: E402
-from torch.optim.lr_scheduler import CosineAnnealingLR  # noqa: E402
+from joblib import Parallel, delayed  # noqa: E402
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop  # noqa: E402
+from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from adaptive_opt import AdaptiveOptimizer  # noqa: E402
+from experiments.learning_rate_free import PEERS, Peer, judged  # noqa: E402
 from experiments.loop import train  # noqa: E402
+from experiments.tasks.autoencoder import Autoencoder  # noqa: E402
 from experiments.tasks.base import Task  # noqa: E402
 from experiments.tasks.digits import Digits  # noqa: E402
+from experiments.tasks.gpt import CharGPT  # noqa: E402
 from experiments.tasks.mnist import MNIST  # noqa: E402
+from experiments.tasks.resnet import ResNet  # noqa: E402
+from experiments.tasks.sequence import Sequence  # noqa: E402
+from experiments.tasks.tabular import Tabular  # noqa: E402
 
 WORKLOADS: dict[str, Callable[[int], Task]] = {
     "MLP 3 layers": lambda seed: Digits(seed, steps=400),
     "MLP 13 layers": lambda seed: Digits(seed, steps=400, depth=12),
     "CNN MNIST": lambda seed: MNIST(seed, steps=400),
+    "ResNet-20": lambda seed: ResNet(seed, steps=200),
+    "char-GPT": lambda seed: CharGPT(seed, steps=400),
+    "RNN": lambda seed: Sequence(seed, steps=400),
+    "LSTM": lambda seed: Sequence(seed, steps=400, cell="lstm"),
+    "autoencoder": lambda seed: Autoencoder(seed, steps=400),
+    "tabular": lambda seed: Tabular(seed, steps=400, scaled=True),
 }
 BASES: dict[str, tuple[Callable[[Any, float], Optimizer], float]] = {  # and the middle of the nine learning rates
     "AdamW": (lambda p, lr: AdamW(p, lr=lr), 1e-2),
+    "Adam": (lambda p, lr: Adam(p, lr=lr), 1e-2),
     "heavy ball": (lambda p, lr: SGD(p, lr, momentum=0.9), 3e-2),
     "SGD": (lambda p, lr: SGD(p, lr), 0.3),
     "RMSprop": (lambda p, lr: RMSprop(p, lr=lr), 3e-3),
 }
 POWERS = [k / 2 for k in range(-4, 5)]  # of ten, around the middle
+OURS = ("bare", "user", "auto")
+JUDGED = 20  # batches of the training set that the final loss is the mean of
 
 
-def runs(seeds: int, workloads: list[str], bases: list[str]) -> list[dict[str, Any]]:
-    one = [(arm, k) for arm in ("bare", "user") for k in POWERS] + [("auto", 0.0)]
+def runs(seeds: int, workloads: list[str], bases: list[str], arms: list[str]) -> list[dict[str, Any]]:
+    """The peers bring their own base: one run a workload and seed."""
+    rates = {"bare": POWERS, "user": POWERS, "auto": [0.0]}
+    ours = [(b, arm, k) for b in bases for arm in OURS if arm in arms for k in rates[arm]]
+    peers = [("own", arm, 0.0) for arm in arms if arm in PEERS]
     return [
         {"workload": w, "base": b, "seed": s, "arm": arm, "power": k}
-        for w in workloads
-        for b in bases
         for s in range(seeds)
-        for arm, k in one
+        for w in workloads
+        for b, arm, k in (*ours, *peers)
     ]
 
 
-def outcome(run: dict[str, Any]) -> dict[str, Any]:
-    """Mean loss of the last 20 steps, test accuracy, and the probe's share of the gradient work."""
-    task, (make, middle) = WORKLOADS[run["workload"]](run["seed"]), BASES[run["base"]]
+class Spent:
+    """Gradient-equivalents so far of a budget; the cosine over it, and whether it is used up."""
+
+    def __init__(self, optimizer: Optimizer, budget: float, extra: float = 0.0):
+        self.optimizer, self.budget, self.each = optimizer, budget, 1 + extra
+        self.steps = 0
+
+    def share(self, _: int = 0) -> float:
+        report = self.optimizer.report if isinstance(self.optimizer, AdaptiveOptimizer) else None
+        ours = report.probe_cost + report.treatment_cost if report is not None else 0.0
+        return min((self.steps * self.each + ours) / self.budget, 1.0)
+
+    def cosine(self, _: int = 0) -> float:
+        return (1 + math.cos(math.pi * self.share())) / 2
+
+    def gone(self, _: float) -> bool:
+        self.steps += 1
+        return self.share() >= 1
+
+
+class Nothing:
+    def step(self) -> None: ...
+
+
+def peer(run: dict[str, Any], task: Task) -> tuple[Peer, Spent]:
+    """Ours and the bare base in the peers' clothes."""
+    if run["arm"] in PEERS:
+        made = PEERS[run["arm"]](task, task.steps)
+        return made, Spent(made.optimizer, task.steps, made.extra)
+    make, middle = BASES[run["base"]]
     optimizer = make(task.model.parameters(), middle * 10 ** run["power"])
     if run["arm"] != "bare":
         optimizer = AdaptiveOptimizer(optimizer, task.model, loss_fn=task.loss_fn, step_size=run["arm"])
-    schedule = CosineAnnealingLR(optimizer, task.steps)
+    spent = Spent(optimizer, task.steps)
+    return Peer(optimizer, LambdaLR(optimizer, spent.cosine)), spent
+
+
+def outcome(run: dict[str, Any]) -> dict[str, Any]:
+    """Mean training loss at the end, the task's own metrics, and the probe's share of the gradient work."""
+    torch.set_num_threads(1)
+    logging.getLogger("adaptive_opt").setLevel(logging.ERROR)
+    task = WORKLOADS[run["workload"]](run["seed"])
     torch.manual_seed(0)
-    done = train(task, optimizer, schedule=schedule)
-    return {"loss": statistics.fmean(done.losses[-20:]), "accuracy": done.metrics["test_accuracy"], "probing": done.overhead}
+    made, spent = peer(run, task)
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    try:
+        done = train(task, made.optimizer, schedule=made.schedule or Nothing(), until=spent.gone)
+    except Exception as error:  # a peer that breaks is a row that says so
+        return {**run, "loss": math.nan, "error": f"{type(error).__name__}: {error}"}
+    seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - began
+    with made.weights():
+        loss, metrics = judged(task, [task.batch(done.steps + i) for i in range(JUDGED)]), task.evaluate()
+    return {**run, "loss": loss, "probing": done.overhead, "steps": done.steps, "seconds": seconds, **metrics}
 
 
 def finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
+def mean(rows: list[dict[str, Any]]) -> float:
+    """Over seeds; the losses span decades, so their geometric mean."""
+    losses = [finite(r["loss"]) for r in rows]
+    if not losses or math.inf in losses:
+        return math.inf if losses else math.nan
+    return math.exp(statistics.fmean(math.log(max(loss, 1e-30)) for loss in losses))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Per workload and base: the best of the sweep, the width of the basin within twice the best, and auto beside them."""
+    """Per workload and base: the best of the sweep, the basin within twice the best, and auto and the peers over the best."""
+    peers = [arm for arm in PEERS if any(r["arm"] == arm for r in rows)]
     lines = [
-        "| | best of nine, bare | basin, bare | basin, user | auto | auto / best | probing |",
-        "|---|---|---|---|---|---|---|",
+        "| | best of nine, bare | basin, bare | basin, user | at the best lr, user | auto | probing | "
+        + " | ".join(peers)
+        + " |",
+        "|---" * (7 + len(peers)) + "|",
     ]
-    for w, b in dict.fromkeys((r["workload"], r["base"]) for r in rows):
-        these = [r for r in rows if (r["workload"], r["base"]) == (w, b)]
+    regrets: dict[str, list[float]] = {arm: [] for arm in ("auto", *peers)}
+    for w, b in dict.fromkeys((r["workload"], r["base"]) for r in rows if r["base"] != "own"):
+        these = [r for r in rows if r["workload"] == w and r["base"] in (b, "own")]
         means = {
-            (arm, k): statistics.fmean([finite(r["loss"]) for r in these if (r["arm"], r["power"]) == (arm, k)])
+            (arm, k): mean([r for r in these if (r["arm"], r["power"]) == (arm, k)])
             for arm, k in dict.fromkeys((r["arm"], r["power"]) for r in these)
         }
         bare = {k: v for (arm, k), v in means.items() if arm == "bare"}
+        if not bare:
+            continue
         best = min(bare, key=lambda k: bare[k])
-        accuracy = [r["accuracy"] for r in these if (r["arm"], r["power"]) == ("bare", best)]
-        cells = [f"{bare[best]:.4f}, {statistics.fmean(accuracy):.1f} %, lr {BASES[b][1] * 10**best:.2g}"]
+        cells = [f"{bare[best]:.3g}, lr {BASES[b][1] * 10**best:.2g}"]
         for arm in ("bare", "user"):
             inside = [k for (a, k), v in means.items() if a == arm and v <= 2 * bare[best]]
             cells.append(f"x{10 ** (max(inside) - min(inside)):.3g}" if inside else "-")
-        auto = [r for r in these if r["arm"] == "auto"]
-        value = means.get(("auto", 0.0), math.nan)
-        cells.append(f"{value:.4f}, {statistics.fmean([r['accuracy'] for r in auto]):.1f} %" if auto else "-")
-        cells += [f"{value / bare[best]:.2f}", f"{statistics.fmean([r['probing'] for r in auto]):.1%}" if auto else "-"]
+        cells.append(f"{means[('user', best)] / bare[best]:.2f}" if ("user", best) in means else "-")
+        for arm in ("auto", *peers):
+            ratio = means.get((arm, 0.0), math.nan) / bare[best]
+            regrets[arm].append(ratio)
+            cells.append(f"{ratio:.2f}")
+            if arm == "auto":
+                probing = [r["probing"] for r in these if r["arm"] == arm and "probing" in r]
+                cells.append(f"{statistics.fmean(probing):.1%}" if probing else "-")
         lines.append(f"| {w}, {b} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(regret(arm, ratios) for arm, ratios in regrets.items())])
+
+
+def regret(arm: str, ratios: list[float]) -> str:
+    """How far above the best of nine rates: the mean of the logarithm (never below 0), and the shares within 5 and 25 %."""
+    known = [x for x in ratios if not math.isnan(x)]
+    if not known:
+        return f"{arm}: not run"
+    regrets = [math.log(min(max(x, 1.0), 1e3)) for x in known]
+    within = [statistics.fmean(x <= limit for x in known) for limit in (1.05, 1.25)]
+    return (
+        f"{arm}: {math.exp(statistics.fmean(regrets)):.2f} times the best loss in the geometric mean (never below 1), "
+        f"{within[0]:.0%} of {len(known)} within 5 %, {within[1]:.0%} within 25 %, at worst {max(known):.3g} times"
+    )
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
@@ -106,23 +199,24 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    workloads, bases = (list(dict.fromkeys(r[k] for r in rows)) for k in ("workload", "base"))
-    drawn, axes = plt.subplots(len(workloads), len(bases), figsize=(3.4 * len(bases), 2.6 * len(workloads)), squeeze=False)
-    for i, w in enumerate(workloads):
-        for j, b in enumerate(bases):
+    workloads, bases = (list(dict.fromkeys(r[k] for r in rows if r["base"] != "own")) for k in ("workload", "base"))
+    drawn, axes = plt.subplots(len(bases), len(workloads), figsize=(2.6 * len(workloads), 2.6 * len(bases)), squeeze=False)
+    for j, w in enumerate(workloads):
+        for i, b in enumerate(bases):
             axis, these = axes[i][j], [r for r in rows if (r["workload"], r["base"]) == (w, b)]
+            ceiling = 2 * max((r["loss"] for r in these if math.isfinite(r["loss"]) and r["loss"] < 1e3), default=1.0)
             for arm, colour in (("bare", "#d1495b"), ("user", "#0b6e4f")):
                 curve = {
-                    k: statistics.fmean([min(finite(r["loss"]), 10.0) for r in these if (r["arm"], r["power"]) == (arm, k)])
+                    k: min(mean([r for r in these if (r["arm"], r["power"]) == (arm, k)]), ceiling)
                     for k in sorted({r["power"] for r in these if r["arm"] == arm})
                 }
                 shown = "bare" if arm == "bare" else 'wrapped, step_size="user"'
                 axis.loglog([BASES[b][1] * 10**k for k in curve], list(curve.values()), "o-", color=colour, ms=3.5, label=shown)
-            auto = [finite(r["loss"]) for r in these if r["arm"] == "auto"]
+            auto = [r for r in these if r["arm"] == "auto"]
             if auto:
-                axis.axhline(statistics.fmean(auto), color="#edae49", lw=2, label='wrapped, step_size="auto"')
+                axis.axhline(mean(auto), color="#edae49", lw=2, label='wrapped, step_size="auto"')
             axis.set_title(f"{w}, {b}", fontsize=9)
-            axis.tick_params(labelsize=8)
+            axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("learning rate", fontsize=8)
@@ -137,22 +231,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=["AdamW", "Adam", "heavy ball"])
+    parser.add_argument("--arms", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench_step_size.jsonl")
     parser.add_argument("--figure", type=Path, default=None)
     args = parser.parse_args()
-    logging.getLogger("adaptive_opt").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    wanted = runs(args.seeds, args.workloads, args.bases)
+    wanted = runs(args.seeds, args.workloads, args.bases, args.arms)
     missing = [run for run in wanted if not any(run.items() <= row.items() for row in known)]
-    for run in tqdm(missing, desc="step size", disable=not sys.stderr.isatty()):
-        known.append({**run, **outcome(run)})
-        with args.out.open("a") as file:
-            file.write(json.dumps(known[-1]) + "\n")
+    results = Parallel(n_jobs=args.jobs, return_as="generator_unordered")(delayed(outcome)(run) for run in missing)
+    with args.out.open("a") as file:
+        for row in tqdm(results, total=len(missing), desc="step size", disable=not sys.stderr.isatty()):
+            known.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
     shown = [row for row in known if any(run.items() <= row.items() for run in wanted)]
     print(table(shown))
+    for row in shown:
+        if "error" in row:
+            print(f"{row['workload']}, {row['arm']}, seed {row['seed']}: {row['error']}")
     if args.figure is not None:
         figure(shown, args.figure)
 

@@ -18,6 +18,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "objective": {"capture", "curvature", "parallel", "sharded"},
     "family": set(),
     "metric": {"curvature", "family"},
+    "ahead": {"curvature", "metric", "objective"},
     "layers": {"curvature", "parallel", "records"},
     "lipschitz": {"curvature", "layers", "parallel"},
     "clock": set(),
@@ -25,7 +26,8 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "schedule": {"memory", "records"},
     "spectra": {"curvature", "memory", "metric", "records"},
     "probe": {
-        "curvature", "layers", "lipschitz", "memory", "metric", "objective", "parallel", "records", "schedule", "spectra",
+        "ahead", "curvature", "layers", "lipschitz", "memory", "metric", "objective", "parallel", "records", "schedule",
+        "spectra",
     },
     "signals": {"records"},
     "diagnosis": {"records"},

@@ -8,34 +8,41 @@ from torch.optim import Optimizer
 
 from adaptive_opt.family import family
 from adaptive_opt.interventions.base import Applied, Patient
-from adaptive_opt.interventions.damp import Damp, fraction_of_limit
+from adaptive_opt.interventions.damp import Damp, fraction_of_limit, has_momentum
 from adaptive_opt.metric import RULES
 from adaptive_opt.records import Reading
 
-FLATTER = 0.1  # of what the readings so far say: a single flat batch counts no further
+FLATTER = 0.1  # of what was seen so far: a single flat batch counts no further
+LOOKED = 0.3  # weight of one look ahead in the average of their logarithms
+GROWTH = 1.05  # a step: faster, a deep net without normalisation leaves the place that the looks are of (docs/evidence.md)
+CAREFUL = 0.8  # of the limit and of 1 / overshoot, for steps without momentum
 
 
 class AutoStep(Damp):
     """`step_size="auto"`: the learning rate comes from curvature, the user's gives only the shape over time.
 
-    The rule is Damp's, without its cap: the geometric mean of `hold` / overshoot and the fraction of the stability limit.
-    Both are proportional to the learning rate that they were read at, so what is averaged, in the logarithm over the
-    readings, is what they are per unit of it; the result does not depend on the user's. The effective rate is
-    that times lr / (the largest lr so far): a schedule's decay is kept, a warm-up comes of itself.
+    With momentum the step is `hold` / overshoot: at 1/2 the coming step ends at the bottom of the parabola that looks
+    ahead measure, a forward pass at a time. Without it the greedy step is a trap (each shorter step finds a sharper place),
+    and Damp's rule holds: the geometric mean of that and a fraction of the stability limit, from the readings.
+    Both are proportional to the learning rate that they were read at, so what is averaged, in the logarithm, is
+    what they are per unit of it; the result does not depend on the user's. The effective rate is that
+    times lr / (the largest lr so far): a schedule's decay is kept, a warm-up comes of itself.
 
     bounds: the least and the largest effective learning rate.
     """
 
-    state = (*Damp.state, "peak", "lr", "wanted")
+    state = (*Damp.state, "peak", "lr", "wanted", "at")
 
-    def __init__(self, hold: float = 0.5, rule: str = "both", bounds: tuple[float, float] = (0.0, math.inf)):
-        super().__init__(hold=hold, rule=rule)
+    def __init__(self, hold: float | None = None, bounds: tuple[float, float] = (0.0, math.inf)):
+        super().__init__(hold=0.5 if hold is None else hold)
         if not 0 <= bounds[0] < bounds[1]:
             raise ValueError(f"AutoStep(bounds={bounds}): the least learning rate, then a larger one")
-        self.bounds = bounds
+        self.given, self.bounds = hold, bounds
+        self.looks = False
         self.peak = 0.0  # the largest lr that the schedule has given so far
         self.lr = 0.0  # the present one
         self.wanted: float | None = None  # effective learning rate at the peak of the schedule; None before the first reading
+        self.at = 0  # step of `wanted`
 
     def choose(self, base: Optimizer) -> None:
         """The base whose steps it is for. Raises ValueError where their stability limit is not known."""
@@ -44,7 +51,12 @@ class AutoStep(Damp):
                 f"AdaptiveOptimizer(base={type(base).__name__}(...), step_size='auto'): the stability limit of its steps is "
                 f"not known, so there is nothing to take a learning rate from; known are {', '.join(sorted(RULES))}"
             )
-        self.fraction = fraction_of_limit(base)
+        self.looks = has_momentum(base)
+        self.rule = "step" if self.looks else "both"
+        if self.looks:
+            self.fraction = fraction_of_limit(base)
+        else:
+            self.fraction, self.hold = CAREFUL, CAREFUL if self.given is None else self.given
 
     @property
     def engaged(self) -> bool:
@@ -62,19 +74,24 @@ class AutoStep(Damp):
         if self.wanted is not None and self.peak > 0:
             self.scale = self.wanted / self.peak
 
+    def look(self, step: int, overshoot: float) -> None:
+        if self.wanted is not None and self.lr > 0:
+            self.overshoot = self._averaged(self.overshoot, overshoot / self.lr, 1.0 if self.moved else LOOKED)
+            self.moved = False
+            self._take(step)
+
     def follow(self, reading: Reading) -> str | None:
         if not reading.stability or not self.lr > 0:
             return None
-        first, weight = self.wanted is None, 0.5
-        if first or self.moved:
-            weight = 1.0
+        first = self.wanted is None
+        weight = 1.0 if first or self.moved else 0.5
         self.stability = self._averaged(self.stability, reading.stability / self.lr, weight)
         if reading.overshoot is not None:
             self.overshoot = self._averaged(self.overshoot, reading.overshoot / self.lr, weight)
             self.moved = False
         elif first:  # no descent or no upward curvature along the step: as long as the limit allows, until the next reading
             self.overshoot = self.stability + math.log(self.hold / self.fraction)
-        self._hold()
+        self._take(reading.step)
         if not first:
             return None
         return f"took {self.scale * self.lr:.3g} as the learning rate, the user's {self.lr:.3g} gives only the shape"
@@ -91,6 +108,11 @@ class AutoStep(Damp):
             new = max(new, so_far + math.log(FLATTER))
         return so_far + weight * (new - so_far)
 
-    def _hold(self) -> None:
-        self.wanted = min(max(self._length(), self.bounds[0]), self.bounds[1])
+    def _take(self, step: int) -> None:
+        length = self._length()
+        if self.wanted is not None:
+            length = min(length, self.wanted * GROWTH ** (step - self.at))
+        elif self.looks:  # a careful start, from which it grows
+            length = math.sqrt(length * self.fraction / math.exp(self.stability))
+        self.wanted, self.at = min(max(length, self.bounds[0]), self.bounds[1]), step
         self.see(self.lr)

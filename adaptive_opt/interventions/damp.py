@@ -29,6 +29,8 @@ class Damp:
     name = "damp"
     state = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction", "moved")  # of a checkpoint
 
+    looks = False  # ahead, between readings
+
     @property
     def watched(self) -> bool:
         """While it holds the step short, the whole budget of the readings goes into following it."""
@@ -68,6 +70,9 @@ class Damp:
 
     def see(self, lr: float) -> None:
         """The learning rate that the user's schedule gives this step; what is held here is a share of it."""
+
+    def look(self, step: int, overshoot: float) -> None:
+        """What a look ahead saw of this step."""
 
     def follow(self, reading: Reading) -> str | None:
         """A new reading while engaged; returns what was done if that is worth a word: it let go."""
@@ -117,9 +122,13 @@ class Damp:
 
 def fraction_of_limit(base: Optimizer) -> float:
     """Momentum carries the noise of many batches; without it the step may go closer to the limit, RMSprop's up to it."""
-    if any("betas" in group or group.get("momentum") for group in base.param_groups):
+    if has_momentum(base):
         return MOMENTUM
     return PLAIN if family(base) == "SGD" else ADAPTIVE
+
+
+def has_momentum(base: Optimizer) -> bool:
+    return any("betas" in group or group.get("momentum") for group in base.param_groups)
 
 
 def _log(x: float) -> float:

@@ -1,4 +1,4 @@
-"""Digits read pixel by pixel by a vanilla recurrent net: what it saw first is what it forgets."""
+"""Digits read pixel by pixel by a recurrent net: what it saw first is what it forgets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from .digits import pixels
 
 
 class Recurrent(nn.Module):
-    """A tanh RNN over (batch, 64) pixels, `stride` at a time; its last state is what the digit is read from."""
+    """A tanh RNN or an LSTM over (batch, 64) pixels, `stride` at a time; its last state is what the digit is read from."""
 
-    def __init__(self, hidden: int, stride: int):
+    def __init__(self, hidden: int, stride: int, cell: str = "rnn"):
         super().__init__()
-        self.rnn, self.head, self.stride = nn.RNN(stride, hidden, batch_first=True), nn.Linear(hidden, 10), stride
+        kind = {"rnn": nn.RNN, "lstm": nn.LSTM}[cell]
+        self.rnn, self.head, self.stride = kind(stride, hidden, batch_first=True), nn.Linear(hidden, 10), stride
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x.unflatten(1, (-1, self.stride)))[0][:, -1])
@@ -31,9 +32,10 @@ class Sequence(Classification):
         hidden: int = 64,
         stride: int = 1,
         gain: float | None = None,
+        cell: str = "rnn",
     ):
         torch.manual_seed(seed)
-        model = Recurrent(hidden, stride)
+        model = Recurrent(hidden, stride, cell)
         if gain is not None:
             nn.init.orthogonal_(model.rnn.weight_hh_l0, gain)
         x, y = pixels(shuffled=True)

@@ -1,7 +1,7 @@
 """python scripts/bench_idle.py [--rounds N]
 
 What the wrapper costs when it has nothing to do: probe off, policy "base". One model with one optimizer is trained in blocks of
-steps, bare and wrapped in turns: two models of one seed differ by up to 1 % for where their tensors lie. The figures are
+steps, bare and wrapped in turns: two models of one seed differ by 0.5 % for where their tensors lie. The figures are
 medians over the rounds, of the difference and of the ratio of CPU times. "hooks off": after `detach()`, which leaves what the
 step itself costs. Memory: bytes of all live tensors between backward and step, and after the step, wrapped beyond bare.
 

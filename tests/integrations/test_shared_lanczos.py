@@ -1,6 +1,7 @@
 """Lanczos vectors dealt out over processes: the numbers of one process, in a share of the memory."""
 
 import pytest
+import test_fsdp
 import torch
 from oracles import LiveBytes
 from test_ddp import Run, close
@@ -82,6 +83,20 @@ def test_a_reading_with_shared_vectors_is_the_reading_of_whole_ones(two):
         assert close(a, b, 1e-3)
     for a, b in zip(whole[0]["params"], shared[0]["params"], strict=True):
         assert torch.equal(a, b)
+
+
+def of_shards(memory):
+    probe = LanczosProbe(every=4, num_steps=8, memory=memory, backend="exact_rebuilt")
+    return test_fsdp.Run("mlp", "adamw", 5, probe=probe).train().outcome()
+
+
+def test_the_vectors_of_sharded_parameters_are_dealt_out_too(two):
+    n = sum(p.numel() for p in Run("mlp", "adamw", 1, bare=True).problem.model.parameters())
+    whole, shared = two.run(of_shards, None), two.run(of_shards, (8 + 4) * n * 4 - 1)
+    assert shared[0]["readings"] == shared[1]["readings"]
+    for a, b in zip(_but_time(whole[0]), _but_time(shared[0]), strict=True):
+        assert (a.pop("method"), b.pop("method")) == ("full", "shared")
+        assert close(a, b, 1e-3)
 
 
 def _but_time(outcome):

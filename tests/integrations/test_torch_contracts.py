@@ -1,24 +1,6 @@
 """What PyTorch and its ecosystem demand of an optimizer, over five bases; every run is compared with the bare base.
 
-| demand | tests (of this file unless said otherwise; contracts: tests/test_contracts.py) |
-|---|---|
-| 1 a subclass of Optimizer; 9 its defaults | test_it_is_a_torch_optimizer_with_its_bases_defaults |
-| 2 groups and state are shared; 5 keywords | contracts: test_param_groups_and_state_are_the_very_same_objects |
-| 3 closure; 18 Lightning's closure | contracts: test_the_closure_is_called_once_a_step; test_lightning.py |
-| 4 a learning rate of 0 | contracts: test_a_learning_rate_of_zero_...; test_distributed_checkpoint_... |
-| 6 weights_only; 7 copies | test_a_copy_or_checkpoint_goes_on_bit_for_bit |
-| 8 groups stay on a switch of mode | test_a_schedule_survives_a_switch_of_mode |
-| 9 momentum is cycled | test_one_cycle_moves_momentum_as_in_the_bare_base; contracts: SCHEDULERS |
-| 10 no leaks; 11 names not to use | test_nothing_of_the_base_leaks, test_lightnings_names_are_free |
-| 12 no trace | every run here; tests/test_objective.py, tests/test_bit_for_bit.py |
-| 13, 14 state; DCP | test_state_holds_tensors_by_parameter_only, test_distributed_checkpoint_goes_on_bit_for_bit |
-| 15 hooks | tests/test_torch_hooks.py |
-| 16 GradScaler | test_a_gradient_scaler_..., test_a_fused_base_under_a_scaler |
-| 17 Hugging Face's Trainer | test_huggingface.py |
-| 19 DDP, FSDP2 | the tests of several processes |
-| 20 torch.compile | Compiled, test_a_compiled_training_step |
-| 21 accumulation, odd parameters | Accumulation, TiedWeights, Frozen, AddedGroup; tests/test_hard_cases.py |
-| 22 clipping | Clipping; test_huggingface.py: test_sam_is_held_... |
+docs/contracts.md says which demand is tested where.
 """
 
 import copy
@@ -32,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from bases import FIVE
 from problems import CLASSES, CNN
+from test_contracts import SCHEDULERS
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import lr_scheduler as lrs
@@ -322,6 +305,7 @@ def test_lightnings_names_are_free():
     optimizer = Loop("adamw", PROBED).train(3).optimizer
     for name in ("_optimizer", "optimizer", "_strategy", "_on_before_step", "_on_after_step", "toggle_model"):
         assert not hasattr(optimizer, name)
+    assert "step" not in vars(AdaptiveOptimizer(BASES["adamw"](MLP().parameters())))  # schedulers put theirs there
 
 
 # ---- state --------------------------------------------------------------------------------------------------------------
@@ -342,6 +326,11 @@ def through_torch_save(run, other):
     loaded = torch.load(file)  # weights_only, torch's default
     other.model.load_state_dict(loaded["model"])
     other.optimizer.load_state_dict(state_dict=loaded["optimizer"])
+
+
+def through_dcp(run, other, folder):
+    for r, move in ((run, dcp.save), (other, dcp.load)):
+        move({"model": r.model, "optimizer": OptimizerState(r.model, r.optimizer)}, checkpoint_id=folder)
 
 
 def through(copier):
@@ -392,8 +381,7 @@ def test_state_holds_tensors_by_parameter_only(base):
 def test_distributed_checkpoint_goes_on_bit_for_bit(tmp_path, base, policy):
     wrapped = {"probe": LanczosProbe(every=3, num_steps=3), "policy": policy}
     run, other = Loop(base, wrapped).train(5), Loop(base, wrapped)
-    for r, move in ((run, dcp.save), (other, dcp.load)):
-        move({"model": r.model, "optimizer": OptimizerState(r.model, r.optimizer)}, checkpoint_id=tmp_path)
+    through_dcp(run, other, tmp_path)
     assert_same(run.state(), other.state())
     assert other.optimizer.steps == 5
     other.done = 5
@@ -402,6 +390,31 @@ def test_distributed_checkpoint_goes_on_bit_for_bit(tmp_path, base, policy):
         r.train()
     assert run.optimizer.reading.loss == other.optimizer.reading.loss
     assert run.optimizer.report.mode == other.optimizer.report.mode
+    assert_same(run.state(), other.state())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled, unavailable or uninitialized.*")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", ["torch.save", "dcp"])
+def test_factors_of_a_model_in_bfloat16_keep_their_digits_in_a_checkpoint(way, tmp_path):
+    """torch casts what it finds in `state` to the parameter's dtype: kfac's factors and the probe's vectors lie elsewhere."""
+
+    class Half(Loop):
+        def build(self):
+            return MLP().to(torch.bfloat16)
+
+        def step(self, x, y, n):
+            super().step(x.to(torch.bfloat16), y, n)
+
+    wrapped = {"probe": LanczosProbe(every=3, num_steps=3), "policy": ConstantPolicy("kfac")}
+    run, other = Half("adamw", wrapped).train(5), Half("adamw", wrapped)
+    through_torch_save(run, other) if way == "torch.save" else through_dcp(run, other, tmp_path)
+    dtypes = {t.dtype for t in torch.utils._pytree.tree_leaves(other.optimizer.control.state_dict()) if torch.is_tensor(t)}
+    assert torch.float32 in dtypes
+    other.done = 5
+    for r in (run, other):
+        r.schedule = lrs.ConstantLR(r.optimizer)
+        r.train()
     assert_same(run.state(), other.state())
 
 
@@ -421,6 +434,32 @@ def test_one_cycle_moves_momentum_as_in_the_bare_base(base):
             group = run.optimizer.param_groups[0]
             values.append((group["lr"], group.get("momentum"), group.get("betas")))
         assert len({str(v[1:]) for v in values}) > 1 or not cycles
+        seen.append((values, run.state()))
+    assert seen[0][0] == seen[1][0]
+    assert_same(seen[0][1], seen[1][1])
+
+
+WITHOUT_MOMENTUM = {
+    "CyclicLR": lambda o: lrs.CyclicLR(o, 1e-3, 1e-1, 3, cycle_momentum=False),
+    "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.1, 8, cycle_momentum=False),
+}
+
+
+@pytest.mark.parametrize("base", ["rmsprop", "adagrad", "lion"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_drives_the_other_bases_too(name, base):
+    """SGD and AdamW: tests/test_contracts.py."""
+    make = WITHOUT_MOMENTUM.get(name, SCHEDULERS[name]) if base == "adagrad" else SCHEDULERS[name]
+    seen = []
+    for wrapped in (None, PROBED):
+        run = Loop(base, wrapped)
+        run.schedule, values = make(run.optimizer), []
+        if name == "ReduceLROnPlateau":
+            run.schedule.step = lambda step=run.schedule.step: step(1.0)
+        for n in range(6):
+            run.train(n + 1)
+            group = run.optimizer.param_groups[0]
+            values.append((group["lr"], group.get("momentum"), group.get("betas")))
         seen.append((values, run.state()))
     assert seen[0][0] == seen[1][0]
     assert_same(seen[0][1], seen[1][1])

@@ -86,7 +86,7 @@ class Controller:
     def listen(self, model: nn.Module | None, capture: Capture | None, objective: Callable[[], Tensor] | None) -> None:
         """Where the batches come from."""
         self.gate.model, self.gate.capture, self.gate.given = model, capture, objective
-        self.statistics.attach(model)
+        self.statistics.attach(model if self.rollback is not None else None)
         self._listen()
 
     def deaf(self) -> None:
@@ -225,7 +225,10 @@ class Controller:
     def _trend(self, ctx: StepContext, loss: Any, events: list[Event]) -> Trend:
         """The free signals, with one synchronisation of the host."""
         grads = [p.grad for p in all_params(self.base) if p.grad is not None]
-        moments = self.statistics.look() if self.rollback is not None else None
+        moments = None
+        if self.rollback is not None:
+            self.statistics.attach(self.gate.model)  # the policy may be another than it was
+            moments = self.statistics.look()
         norm = whole(torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads]))
         value = loss if loss is not None else self.gate.loss()
         parts = [norm] + ([value.detach().reshape(-1)[0]] if isinstance(value, Tensor) else [])

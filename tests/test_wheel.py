@@ -53,7 +53,7 @@ def test_every_module_and_config_is_in_the_wheel(wheel):
     for folder, there in (("adaptive_opt", "adaptive_opt"), ("experiments", "adaptive_opt_experiments"),
                           ("configs", "adaptive_opt_experiments/configs")):  # fmt: skip
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".css", ".js"):
+            if path.suffix in (".py", ".yaml", ".css", ".js") or path.name == "py.typed":
                 assert f"{there}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert not any(name.split("/")[0] in ("experiments", "configs", "tests", "scripts") for name in names)
 

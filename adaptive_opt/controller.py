@@ -246,7 +246,7 @@ class Controller:
             except Exception as error:
                 ctx.failure = error
                 self._failed(ctx, events)
-        trend = self.signals.judge(self.steps, value, size)
+        trend = self.signals.judge(self.steps, value, size, max(float(group["lr"]) for group in self.base.param_groups))
         return replace(trend, poison=poison) if trend.finite and not trend.spike else trend
 
     def _compared(self, trend: Trend, ctx: StepContext, events: list[Event]) -> Trend:

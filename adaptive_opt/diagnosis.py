@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from adaptive_opt.records import Condition, Diagnosis, Finding, LayerReading, Reading, Trend
+from adaptive_opt.records import Condition, Diagnosis, Finding, LayerReading, Reading, Trend, chains
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Thresholds:
     kappa_effective: float = 50.0  # median of the last three; char-GPT reads 12 to 20, all that gain from K-FAC more
     layer_band: float = 10.0  # a layer's sigma_rms outside [1/10, 10] ...
     chain_band: float = 1000.0  # ... or the product over all layers outside [1/1000, 1000]
+    chain_least: int = 3  # layers: a short branch beside a skip connection may have any scale
     lost: float = 0.5  # share of all progress that is gone again
 
 
@@ -107,25 +108,40 @@ def _unstable(reading: Reading | None, recent: Reading | None, trend: Trend, t: 
 
 
 def _drift(layers: Sequence[LayerReading], first: Sequence[LayerReading] | None, t: Thresholds) -> Finding | None:
-    """A layer, or the chain of them, outside its band; later than the first reading only if it moved on outwards."""
+    """A layer of a chain, or a chain as a whole, outside its band; after the first reading only if it moved on outwards."""
     known = [layer for layer in layers if layer.sigma_rms > 0]
-    if not known:
-        return None
-    logs = {layer.name: math.log(layer.sigma_rms) for layer in known}
+    recurrent = _forgets(known, first, t)
+    if recurrent is not None:
+        return recurrent
     before = {layer.name: math.log(layer.sigma_rms) for layer in first or () if layer.sigma_rms > 0}
-    worst = max(logs, key=lambda name: abs(logs[name]))
-    chain, chain_before = sum(logs.values()), sum(before.values())
-    moved_on = first is None or abs(logs[worst]) > abs(before.get(worst, 0.0)) * 1.1
-    chain_moved = first is None or abs(chain) > abs(chain_before) * 1.1
-    if abs(logs[worst]) > math.log(t.layer_band) and moved_on:
-        value = math.exp(logs[worst])
-        return Finding(
-            Condition.DRIFTING, value, t.layer_band, f"layer {worst} multiplies the signal by {value:.3g} (sigma_rms)"
-        )
-    if abs(chain) > math.log(t.chain_band) and chain_moved:
-        value = math.exp(min(chain, 700.0))
-        sentence = f"the {len(known)} layers together multiply the signal by {value:.3g} (product of sigma_rms)"
-        return Finding(Condition.DRIFTING, value, t.chain_band, sentence)
+    for chain in chains(known):
+        if len(chain) < t.chain_least:
+            continue
+        logs = {layer.name: math.log(layer.sigma_rms) for layer in chain}
+        worst = max(logs, key=lambda name: abs(logs[name]))
+        whole, whole_before = sum(logs.values()), sum(before.get(name, 0.0) for name in logs)
+        moved_on = first is None or abs(logs[worst]) > abs(before.get(worst, 0.0)) * 1.1
+        chain_moved = first is None or abs(whole) > abs(whole_before) * 1.1
+        if abs(logs[worst]) > math.log(t.layer_band) and moved_on:
+            value = math.exp(logs[worst])
+            sentence = f"layer {worst} multiplies the signal by {value:.3g} (sigma_rms)"
+            return Finding(Condition.DRIFTING, value, t.layer_band, sentence)
+        if abs(whole) > math.log(t.chain_band) and chain_moved:
+            value = math.exp(min(whole, 700.0))
+            sentence = f"the {len(chain)} layers together multiply the signal by {value:.3g} (product of sigma_rms)"
+            return Finding(Condition.DRIFTING, value, t.chain_band, sentence)
+    return None
+
+
+def _forgets(known: Sequence[LayerReading], first: Sequence[LayerReading] | None, t: Thresholds) -> Finding | None:
+    """A recurrent matrix that kills or blows up the signal of its sequence; later than at first only if it moved on."""
+    before = {r.name: r.times * r.distance for r in first or ()}
+    for r in known:
+        moved_on = first is None or r.times * r.distance > 1.1 * before.get(r.name, 0.0)
+        if r.kind == "recurrent" and r.times * r.distance > math.log(t.chain_band) and moved_on:
+            total = math.exp(min(max(r.times * math.log(r.sigma_rms), -700.0), 700.0))
+            sentence = f"{r.name} multiplies the signal by {r.sigma_rms:.3g} {r.times} times, by {total:.3g} in all (sigma_rms)"
+            return Finding(Condition.DRIFTING, total, t.chain_band, sentence)
     return None
 
 

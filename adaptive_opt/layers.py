@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "rnn": CELLS + SEQUENCES,
 }
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.Softplus, nn.Hardtanh)
+WAY = 32  # operations between two layers, at most
+SAME = 0.01  # of a gradient's norm: reshaping and pooling keep it, normalisations and skip connections change it
 
 
 @dataclass
@@ -38,6 +41,7 @@ class _Visit:
     name: str
     kind: str
     input: Point | None = None
+    source: Any = None  # node of the graph that the input came from
     output: Point | None = None  # of the activation that consumed the layer's output, if a module did
     problem: str = ""
 
@@ -53,32 +57,39 @@ def measure_layers(
 ) -> tuple[tuple[LayerReading, ...], tuple[str, ...]]:
     """Singular values and gradient gain of the model's layers, at their first call in `evaluate()`; and what was skipped.
 
-    `kinds` names classes of layers: "weight" (linear and convolutional, with the activation that follows), "norm", "attention",
-    "rnn". `names` adds modules by their name in `model.named_modules()`; one of no known kind is measured from the first
-    floating tensor among its arguments to the first of its output, and its kind is "module". The cost is one gradient, and
-    `num_steps` products with each layer's Jacobian and its transpose, which compute nothing outside of the layer. What cannot
+    `kinds` names classes of layers: "weight" (linear and convolutional, with the activation that follows; with it come the
+    hidden-to-hidden matrices of vanilla RNNs, of kind "recurrent", whose numbers are those of the matrix alone), "norm",
+    "attention", "rnn". `names` adds modules by their name in `model.named_modules()`; one of no known kind is measured from
+    the first floating tensor among its arguments to the first of its output, and its kind is "module". The cost is one
+    gradient, and `num_steps` products with each layer's Jacobian and its transpose, which compute nothing outside. What cannot
     be measured is named with the reason in the second value. Of a `team` the samples are those of all processes. Raises
     ValueError on a kind or name that there is not.
     """
     visits = _chosen(model, kinds, names)
-    if not visits:
+    lengths = {m: 0 for m in model.modules() if isinstance(m, nn.RNN) and "weight" in kinds}
+    if not visits and not lengths:
         return (), ()
     with twice_differentiable(model):
-        loss = team.together(lambda: _watch(model, evaluate, visits))
+        loss = team.together(lambda: _watch(model, evaluate, visits, lengths))
     if not team.same([(v.name, v.input is None, v.output is None, v.problem) for v in visits.values()]):
         return (), ("another process called other layers",)
     met = [v for v in visits.values() if v.input is not None and v.output is not None]
     ends = [p.edge for v in met for p in (v.input, v.output) if p is not None]
     grads = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True) if ends else ()
-    gains = _gains([v.name for v in met], grads, team)
+    gains, same = _gains([v.name for v in met], grads, team)
+    chained = {b.name for a, b in pairwise(met) if b.name in same and _leads(a, b)}
     readings, skipped = [], []
     for visit in visits.values():
         if visit.input is None and not visit.problem and visit.name not in names:
             continue  # the replay did not call it, and nobody asked for it
         try:
-            readings.append(_measure(visit, generator, num_steps, gains.get(visit.name), team))
+            reading = _measure(visit, generator, num_steps, gains.get(visit.name), team)
+            readings.append(replace(reading, chained=visit.name in chained))
         except (RuntimeError, FloatingPointError) as error:  # no second derivative, or a signal that is not finite
             skipped.append(f"{visit.name} not measured ({str(error).partition(chr(10))[0]})")
+    for name, module in model.named_modules():
+        if lengths.get(module):  # pyright: ignore[reportArgumentType]
+            readings += _recurrent(name, module, lengths[module])  # pyright: ignore[reportArgumentType]
     return tuple(readings), tuple(skipped)
 
 
@@ -152,7 +163,21 @@ def _chosen(model: nn.Module, kinds: Sequence[str], names: Sequence[str]) -> dic
     return visits
 
 
-def _watch(model: nn.Module, evaluate: Callable[[], Tensor], visits: dict[nn.Module, _Visit]) -> Tensor:
+def _recurrent(name: str, module: nn.RNN, length: int) -> list[LayerReading]:
+    """The hidden-to-hidden matrices of a vanilla RNN: what a small signal is multiplied by from one element to the next."""
+    readings = []
+    for full, W in module.named_parameters():
+        if full.startswith("weight_hh") and W.dim() == 2 and bool(torch.isfinite(W).all()):
+            sigma = torch.linalg.svdvals(W.detach().float())
+            rms = float(sigma.square().mean().sqrt())
+            path = f"{name}.{full}" if name else full
+            readings.append(LayerReading(path, float(sigma[0]), 0.0, rms, 0.0, None, kind="recurrent", times=length))
+    return readings
+
+
+def _watch(
+    model: nn.Module, evaluate: Callable[[], Tensor], visits: dict[nn.Module, _Visit], lengths: dict[nn.RNN, int]
+) -> Tensor:
     """Evaluate with hooks that fill in the visits, and put them in the order of the calls."""
     latest: list[tuple[_Visit, Tensor]] = []  # the last layer with weights and its output, which an activation may take
 
@@ -167,7 +192,7 @@ def _watch(model: nn.Module, evaluate: Callable[[], Tensor], visits: dict[nn.Mod
             visit.problem = "it was called without a floating tensor in its first place"
             return None
         alias = caught(x)
-        visit.input = Point.of(alias)
+        visit.input, visit.source = Point.of(alias), x.grad_fn
         return swapped(args, x, alias), swapped(kwargs, x, alias)
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -186,7 +211,16 @@ def _watch(model: nn.Module, evaluate: Callable[[], Tensor], visits: dict[nn.Mod
         if latest and args and args[0] is latest[0][1]:
             latest.pop()[0].output = Point.of(output)
 
+    def read(module: nn.RNN, args: tuple[Any, ...]) -> None:
+        x = args[0] if args else None
+        if isinstance(x, nn.utils.rnn.PackedSequence):
+            lengths[module] = len(x.batch_sizes)
+        elif isinstance(x, Tensor):
+            lengths[module] = x.shape[1 if module.batch_first and x.dim() == 3 else 0]
+
     with ExitStack() as stack:
+        for module in lengths:
+            stack.callback(module.register_forward_pre_hook(read).remove)
         for module in model.modules():
             if module in visits:
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -233,12 +267,30 @@ def _measure(visit: _Visit, generator: torch.Generator, num_steps: int, gain: fl
     )
 
 
-def _gains(names: Sequence[str], grads: Sequence[Tensor | None], team: Team) -> dict[str, float | None]:
-    """|gradient at the input| / |gradient at the output| of each layer, over all processes' samples."""
+def _gains(names: Sequence[str], grads: Sequence[Tensor | None], team: Team) -> tuple[dict[str, float | None], set[str]]:
+    """|gradient at the input| / |gradient at the output| of each layer, over all processes' samples.
+
+    And the layers whose input has the very gradient that the output of the layer before has: nothing else hears that one,
+    and nothing between them scales.
+    """
     found: dict[str, float | None] = {}
     sizes = [math.nan if g is None else float(g.norm()) for g in grads]
     if team.size > 1:
         sizes = [math.sqrt(s) for s in team.sums([size * size for size in sizes])]
     for name, down, up in zip(names, sizes[::2], sizes[1::2], strict=True):
         found[name] = down / up if 0 < up < math.inf and not math.isnan(down) else None
-    return found
+    same = {name for name, down, up in zip(names[1:], sizes[2::2], sizes[1::2], strict=False) if abs(down - up) <= SAME * up}
+    return found, same
+
+
+def _leads(a: _Visit, b: _Visit) -> bool:
+    """Whether b's input was made out of a's output alone: on the way back no operation has a second operand."""
+    node = b.source
+    for _ in range(WAY):
+        if node is None or a.output is None:
+            return False
+        if node is a.output.edge.node:
+            return True
+        operands = [n for n, _ in node.next_functions if n is not None and n.name() != "torch::autograd::AccumulateGrad"]
+        node = operands[0] if len(operands) == 1 else None
+    return False

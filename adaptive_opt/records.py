@@ -6,6 +6,7 @@ Read this file first, then controller.py, then optimizer.py. What was not measur
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -23,13 +24,32 @@ class LayerReading:
     gain: float | None  # |gradient at the layer's input| / |gradient at its output|
     sigma_min: float | None = None  # smallest singular value, zeros of the shape alone left out; an upper bound
     sigma_min_error: float | None = None  # a singular value lies within this of sigma_min
-    kind: str = "weight"  # "weight" (linear, convolution), "norm", "attention", "rnn", or "module": one asked for by name
+    kind: str = "weight"  # (linear, convolution), "norm", "attention", "rnn", "recurrent": a vanilla RNN's hidden-to-hidden
+    # matrix, or "module": one asked for by name
     drift: float | None = None  # log(sigma_rms now / at the first reading)
+    chained: bool = False  # its input is the output of the layer before it, with nothing between that adds or normalises
+    times: int = 1  # passes of the signal through it: a recurrent matrix is met at every element of the sequence
 
     @property
     def distance(self) -> float:
         """|log sigma_rms|: how far the layer is from keeping the signal's mean square; 0 keeps it, infinite kills it."""
         return abs(math.log(self.sigma_rms)) if self.sigma_rms > 0 else math.inf
+
+
+def chains(layers: Sequence[LayerReading]) -> list[list[LayerReading]]:
+    """The layers, those together through which the signal goes one after the other; what passes no signal is left out.
+
+    Only in a chain do the singular values multiply: a normalisation sets the scale anew, a skip connection goes around.
+    """
+    found: list[list[LayerReading]] = []
+    for layer in layers:
+        if layer.kind == "recurrent" or not layer.sigma_rms > 0:
+            continue
+        if layer.chained and found:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return found
 
 
 @dataclass(frozen=True)

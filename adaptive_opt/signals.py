@@ -15,6 +15,7 @@ RISE = 1.5  # times the running median, by the median of the last five
 GAIN = 0.1  # of the first loss: less gain than that after ten steps counts as none
 STALL = 40  # observed losses over which progress is judged
 STALL_GAIN, STALL_NOISE = 0.01, 0.1  # relative to the loss: less gain than that, and quieter than that
+TAIL = 0.1  # of the largest learning rate: a schedule that ends there stands still by its own will
 
 
 class Signals:
@@ -25,9 +26,11 @@ class Signals:
         self.norms: list[float] = []
         self.first_loss: float | None = None  # median of the first ten
         self.best_loss: float | None = None  # lowest running median
+        self.peak = 0.0  # the largest learning rate so far
 
-    def judge(self, step: int, loss: float | None, grad_norm: float | None) -> Trend:
-        """The Trend of a step that has not been taken yet; nothing is remembered."""
+    def judge(self, step: int, loss: float | None, grad_norm: float | None, lr: float = 1.0) -> Trend:
+        """The Trend of a step that has not been taken yet; nothing but the largest learning rate is remembered."""
+        self.peak = max(self.peak, lr)
         finite = all(x is None or math.isfinite(x) for x in (loss, grad_norm))
         return Trend(
             step=step,
@@ -37,7 +40,7 @@ class Signals:
             usual_grad_norm=median(self.norms[-20:]) if self.norms else None,
             finite=finite,
             spike=finite and self._spike(loss, grad_norm),
-            stalled=self._stalled(),
+            stalled=lr >= TAIL * self.peak and self._stalled(),
             rising=loss is not None and self._rising(loss),
             lost=self._lost(),
         )

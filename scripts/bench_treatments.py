@@ -33,6 +33,7 @@ from experiments.tasks.canyon import Canyon  # noqa: E402
 from experiments.tasks.digits import Digits  # noqa: E402
 from experiments.tasks.mnist import MNIST  # noqa: E402
 from experiments.tasks.saddle import Saddle  # noqa: E402
+from experiments.tasks.sequence import Sequence  # noqa: E402
 
 Base = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Row = dict[str, Any]
@@ -104,20 +105,52 @@ def rates(seeds: int) -> list[Row]:
     return rows
 
 
+class Drifting(Digits):
+    """A 13-layer ReLU net whose weights grow or shrink: at the start, or bit by bit from step 200 to 300.
+
+    spike: one layer's largest singular value, in units of what it was.
+    """
+
+    def __init__(self, seed: int, one: bool, factor: float, late: bool = False, spike: float = 1.0):
+        super().__init__(seed, depth=12, steps=600)
+        linear = [m for m in self.model if isinstance(m, nn.Linear)]
+        self.sick, self.factor = linear[5:6] if one else linear, factor
+        self.late = late
+        with torch.no_grad():
+            for layer in self.sick if not late else ():
+                U, S, Vh = torch.linalg.svd(layer.weight)
+                layer.weight.add_((spike - 1) * S[0] * torch.outer(U[:, 0], Vh[0])).mul_(factor)
+
+    @torch.no_grad()
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.sick if self.late and 200 <= step < 300 else ():
+            layer.weight.mul_(self.factor**0.01)
+        return super().batch(step)
+
+
+STARTS: dict[str, Callable[[int], Task]] = {
+    "healthy": lambda s: Drifting(s, False, 1.0),
+    "all x3": lambda s: Drifting(s, False, 3.0),
+    "all x0.4": lambda s: Drifting(s, False, 0.4),
+    "one x30": lambda s: Drifting(s, True, 30.0),
+    "one spike x30": lambda s: Drifting(s, True, 1.0, spike=30.0),
+    "all to x3 by and by": lambda s: Drifting(s, False, 3.0, late=True),
+    "all to x0.4 by and by": lambda s: Drifting(s, False, 0.4, late=True),
+    "one to x30 by and by": lambda s: Drifting(s, True, 30.0, late=True),
+    "RNN over 64 pixels": lambda s: Sequence(s, steps=600),
+    "RNN over 64 pixels, gain 3": lambda s: Sequence(s, steps=600, gain=3.0),
+}
+
+
 def layers(seeds: int) -> list[Row]:
-    """A 13-layer ReLU net whose weights start too large, too small, or with one wild layer: spectral."""
+    """Signals that grow or die on their way: from the start, by and by from step 200 to 300, through time: spectral."""
     rows = []
     bases = {"Adam": lambda p: Adam(p, lr=1e-3), "SGD": lambda p: SGD(p, lr=0.05)}
-    for start in ("healthy", "all x3", "all x0.4", "one x30"):
-        for name, base in bases.items():
-            for arm in ("bare", "wrapped"):
-                for seed in range(seeds):
-                    task = Digits(seed, depth=12, steps=600)
-                    linear = [m for m in task.model if isinstance(m, nn.Linear)]
-                    with torch.no_grad():
-                        for layer in linear[5:6] if "one" in start else linear:
-                            layer.weight.mul_(float(start.split("x")[1]) if "x" in start else 1.0)
-                    rows.append(row("layers", f"{start}, {name}", arm, seed, measured(task, base, arm, schedule=False)))
+    runs = [(n, b, a, s) for n in STARTS for b in bases for a in ("bare", "wrapped") for s in range(seeds)]
+    for start, name, arm, seed in tqdm(runs, desc="layers", disable=not sys.stderr.isatty()):
+        rows.append(
+            row("layers", f"{start}, {name}", arm, seed, measured(STARTS[start](seed), bases[name], arm, schedule=False))
+        )
     return rows
 
 

@@ -16,7 +16,15 @@ READING = Reading(
 
 
 def layers(*rms):
-    return tuple(LayerReading(f"l{i}", s, 0.0, s, 0.0, 1.0) for i, s in enumerate(rms))
+    return tuple(LayerReading(f"l{i}", s, 0.0, s, 0.0, 1.0, chained=i > 0) for i, s in enumerate(rms))
+
+
+def alone(*rms):
+    return tuple(replace(layer, chained=False) for layer in layers(*rms))
+
+
+def recurrent(sigma, times):
+    return (LayerReading("rnn.weight_hh_l0", sigma, 0.0, sigma, 0.0, None, kind="recurrent", times=times),)
 
 
 def conditions(trend=CALM, reading=None, **kwargs):
@@ -54,6 +62,12 @@ def conditions(trend=CALM, reading=None, **kwargs):
         (CALM, replace(READING, layers=layers(*[3.0] * 12)), {}, [Condition.DRIFTING]),
         (CALM, replace(READING, layers=layers(*[0.4] * 12)), {}, [Condition.DRIFTING]),
         (CALM, replace(READING, layers=layers(0.6, 1.4, 3.0)), {}, [Condition.HEALTHY]),
+        (CALM, replace(READING, layers=alone(*[0.4] * 12)), {}, [Condition.HEALTHY]),  # a norm or a skip between them
+        (CALM, replace(READING, layers=layers(1, 0.01)), {}, [Condition.HEALTHY]),  # a branch
+        (CALM, replace(READING, layers=recurrent(0.58, 64)), {}, [Condition.DRIFTING]),
+        (CALM, replace(READING, layers=recurrent(3.0, 64)), {}, [Condition.DRIFTING]),
+        (CALM, replace(READING, layers=recurrent(0.58, 8)), {}, [Condition.HEALTHY]),
+        (CALM, replace(READING, layers=recurrent(0.58, 64)), {"first_layers": recurrent(0.58, 64)}, [Condition.HEALTHY]),
         (
             CALM,
             replace(READING, layers=layers(1, 30, 1)),
@@ -143,6 +157,12 @@ def test_a_plateau_is_a_stall_and_a_noisy_or_falling_loss_is_not():
     assert fed([2.3] * STALL).judge(STALL, 2.3, 0.0).stalled
     assert not fed([2.3 * 0.99**i for i in range(STALL)]).judge(STALL, 1.0, 1.0).stalled
     assert not fed([1.0, 2.0] * (STALL // 2)).judge(STALL, 1.0, 1.0).stalled
+
+
+def test_a_schedules_end_is_no_stall():
+    signals = fed([2.3] * STALL)
+    assert signals.judge(STALL, 2.3, 0.0, 1.0).stalled
+    assert not signals.judge(STALL, 2.3, 0.0, 0.09).stalled
 
 
 def test_lost_progress_is_measured_against_the_progress_made():

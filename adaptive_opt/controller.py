@@ -121,7 +121,8 @@ class Controller:
         if not taken_back:
             decision = self.policy.decide(diagnosis, self._history())
             self._say_untreated(trend, decision, events)
-            instead = self._act(decision, Patient(ctx, trend, reading, recent, self.memory.bottom, self.gate.model), events)
+            patient = Patient(ctx, trend, reading, recent, self.memory.bottom, self.memory.below, self.gate.model)
+            instead = self._act(decision, patient, events)
             self._switch(decision, ctx, trend, events)
         if not instead:
             self._take_step(ctx, trend, events)

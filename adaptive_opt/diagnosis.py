@@ -114,11 +114,11 @@ def _drift(layers: Sequence[LayerReading], first: Sequence[LayerReading] | None,
     if recurrent is not None:
         return recurrent
     before = {layer.name: math.log(layer.sigma_rms) for layer in first or () if layer.sigma_rms > 0}
-    for chain in chains(known):
-        if len(chain) < t.chain_least:
-            continue
+    for chain in chains(known, t.chain_least):
         logs = {layer.name: math.log(layer.sigma_rms) for layer in chain}
-        worst = max(logs, key=lambda name: abs(logs[name]))
+        *inner, last = logs
+        candidates = inner if inner and logs[last] < 0 else logs  # a head may start as small as one likes
+        worst = max(candidates, key=lambda name: abs(logs[name]))
         whole, whole_before = sum(logs.values()), sum(before.get(name, 0.0) for name in logs)
         moved_on = first is None or abs(logs[worst]) > abs(before.get(worst, 0.0)) * 1.1
         chain_moved = first is None or abs(whole) > abs(whole_before) * 1.1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptive_opt.clock import Clock
 
-VECTORS = ("top", "sharpest", "bottom", "anchor")
+VECTORS = ("top", "sharpest", "bottom", "below", "anchor")
 COUNTS = ("spent", "price", "whole", "last_cheap", "last_full", "last_look", "began")
 
 
@@ -23,6 +23,7 @@ class ProbeMemory:
     top: Tensor | None = None  # (n,) Ritz vector of the largest eigenvalue in the optimizer's metric
     sharpest: Tensor | None = None  # (n,) Ritz vector of H's largest eigenvalue
     bottom: Tensor | None = None  # (n,) Ritz vector of the most negative eigenvalue of H, from the latest full reading
+    below: Tensor | None = None  # (n,) all of its negative Ritz directions together, downhill, if there are several
     anchor: Tensor | None = None  # (n,) parameters at the latest reading
     spent: float = 0.0  # gradient-equivalents, as counted
     price: float = 1.0  # steps of the run that a counted gradient-equivalent takes in measured time, 1 at least

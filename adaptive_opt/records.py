@@ -36,10 +36,11 @@ class LayerReading:
         return abs(math.log(self.sigma_rms)) if self.sigma_rms > 0 else math.inf
 
 
-def chains(layers: Sequence[LayerReading]) -> list[list[LayerReading]]:
+def chains(layers: Sequence[LayerReading], least: int = 1) -> list[list[LayerReading]]:
     """The layers, those together through which the signal goes one after the other; what passes no signal is left out.
 
     Only in a chain do the singular values multiply: a normalisation sets the scale anew, a skip connection goes around.
+    Chains of fewer than `least` layers are left out, but for one of two layers and more that is all there is.
     """
     found: list[list[LayerReading]] = []
     for layer in layers:
@@ -49,7 +50,8 @@ def chains(layers: Sequence[LayerReading]) -> list[list[LayerReading]]:
             found[-1].append(layer)
         else:
             found.append([layer])
-    return found
+    least = min(least, 2) if len(found) == 1 else least
+    return [chain for chain in found if len(chain) >= least]
 
 
 @dataclass(frozen=True)

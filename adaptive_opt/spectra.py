@@ -51,8 +51,10 @@ class Spectra:
         """Both ends, the counts and the condition numbers: one run on H, one in the optimizer's metric."""
         h = self._run(H, _random(H.gradient, memory), self.num_steps)
         memory.bottom = h.ritz_vector(0) if h.ritz_values[0] < 0 else None
+        memory.below = None
         if h.method != "two-pass":  # there a Ritz vector costs a second pass
             memory.sharpest = _finite(h.ritz_vector(-1), memory.sharpest)
+            memory.below = _below(h, H.gradient, self.delta_tol)
         draft = self._of_hessian(h, draft, notes)
         if m is None or not bool(m.root.any()):
             return draft
@@ -140,6 +142,26 @@ class Spectra:
     def _run(self, matvec: Matvec, start: Tensor, num_steps: int) -> Spectrum:
         until = None if self.tol is None else ends(self.tol)
         return lanczos_within(self.vectors, matvec, start, num_steps, until=until, shares=self.shares)
+
+
+def _below(h: Spectrum, g: Tensor, tol: float) -> Tensor | None:
+    """(n,) all directions of negative curvature in one: each as long as its curvature, and downhill; None for fewer than two.
+
+    Those count whose eigenvalue is negative for sure, its residual included.
+    """
+    sure = [
+        i
+        for i, (value, error) in enumerate(zip(h.ritz_values, h.residuals, strict=True))
+        if value < -max(error, tol * h.epsilon)
+    ]
+    if len(sure) < 2:
+        return None
+    total = torch.zeros_like(g)
+    for i in sure:
+        q = h.ritz_vector(i)
+        downhill = -1.0 if float(dot(g, q)) > 0 else 1.0
+        total.add_(q, alpha=downhill * abs(float(h.ritz_values[i])))
+    return _finite(total / total.norm(), None)
 
 
 def _larger(spectrum: Spectrum | None, pairs: list[tuple[Tensor, Tensor]]) -> RitzPair:

@@ -27,10 +27,12 @@ from tqdm import tqdm  # noqa: E402
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe  # noqa: E402
 from adaptive_opt.interventions import INTERVENTIONS, Damp  # noqa: E402
 from adaptive_opt.modes import KFAC, SAM, BaseStep, Mode  # noqa: E402
+from experiments.clinic.workloads.saddles import identical  # noqa: E402
 from experiments.loop import Outcome, train  # noqa: E402
 from experiments.tasks.base import Task  # noqa: E402
 from experiments.tasks.canyon import Canyon  # noqa: E402
 from experiments.tasks.digits import Digits  # noqa: E402
+from experiments.tasks.factorisation import Factorisation  # noqa: E402
 from experiments.tasks.mnist import MNIST  # noqa: E402
 from experiments.tasks.saddle import Saddle  # noqa: E402
 from experiments.tasks.sequence import Sequence  # noqa: E402
@@ -58,10 +60,12 @@ FACTORS = (1, 10, 100, 1000)
 
 
 def learner(task: Task, base: torch.optim.Optimizer, arm: str) -> torch.optim.Optimizer:
-    """`arm`: "bare", "wrapped" (the defaults), or "wrapped, rule" with another rule of Damp."""
+    """`arm`: "bare", "wrapped" (the defaults), "no spectral", or "wrapped, rule" with another rule of Damp."""
     if arm == "bare":
         return base
     parts = {name: make() for name, make in INTERVENTIONS.items()}
+    if arm == "no spectral":
+        del parts["spectral"]
     if "," in arm:
         parts["damp"] = Damp(rule=arm.split(", ")[1])
     return AdaptiveOptimizer(base, task.model, loss_fn=task.loss_fn, interventions=parts)
@@ -173,15 +177,26 @@ def canyon(seeds: int) -> list[Row]:
     return rows
 
 
+SADDLE_ARMS = ("bare", "kick", "no spectral", "wrapped")
+SADDLES: dict[str, tuple[Callable[[int], Task], dict[str, Base]]] = {
+    "two-layer linear net at the origin": (Saddle, {"SGD": lambda p: SGD(p, 0.1), "AdamW": lambda p: AdamW(p, 1e-2)}),
+    "factorisation from 1e-4": (Factorisation, {"SGD": lambda p: SGD(p, 0.1), "AdamW": lambda p: AdamW(p, 1e-2)}),
+    "identical units": (identical, {"SGD": lambda p: SGD(p, 0.1), "AdamW": lambda p: AdamW(p, 3e-3)}),
+}
+
+
 def saddle(seeds: int) -> list[Row]:
-    """Final loss from a start exactly on the ridge: escape."""
-    bases = {"SGD": lambda p: SGD(p, lr=0.1), "AdamW": lambda p: AdamW(p, lr=1e-2)}
-    return [
-        row("saddle", f"two-layer linear net at the origin, {name}", arm, seed, measured(Saddle(seed), base, arm, False))
-        for name, base in bases.items()
-        for arm in ("bare", "wrapped")
-        for seed in range(seeds)
-    ]
+    """Final loss from a saddle: escape ("no spectral", "wrapped"), and a random kick of every weight at the start."""
+    rows = []
+    runs = [(n, b, a, s) for n in SADDLES for b in SADDLES[n][1] for a in SADDLE_ARMS for s in range(seeds)]
+    for name, base, arm, seed in tqdm(runs, desc="saddles", disable=not sys.stderr.isatty()):
+        task = SADDLES[name][0](seed)
+        with torch.no_grad():
+            for p in task.model.parameters() if arm == "kick" else ():
+                p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        arm_of = "bare" if arm == "kick" else arm
+        rows.append(row("saddle", f"{name}, {base}", arm, seed, measured(task, SADDLES[name][1][base], arm_of, False)))
+    return rows
 
 
 def healthy(seeds: int) -> list[Row]:
@@ -311,7 +326,7 @@ def cell(rows: list[Row]) -> str:
     if rows[0]["section"] == "canyon":
         return f"{mean['steps']:.0f} steps"
     if rows[0]["section"] == "saddle":
-        return f"{mean['loss']:.3g}"
+        return f"{mean['train_loss']:.3g}"
     if rows[0]["section"] == "margins":
         most = (f"{name} {max(r[name] for r in rows):.2f}" for name in ("first losses", "first statistics", "statistics"))
         return f"{', '.join(most)}; {mean['treatments']:.2g} treatments"

@@ -24,6 +24,7 @@ class Patient:
     reading: Reading | None
     recent: Reading | None = None  # the one before, if it is fresh
     bottom: Tensor | None = None  # (n,) direction of the most negative curvature
+    below: Tensor | None = None  # (n,) of all negative curvatures together
     model: nn.Module | None = None
 
 

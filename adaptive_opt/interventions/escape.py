@@ -3,41 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptive_opt.curvature import flatten, unflatten
-from adaptive_opt.curvature.vectors import norm
+from adaptive_opt.curvature.vectors import dot, norm
 from adaptive_opt.interventions.base import Applied, Patient, Snapshot
+from adaptive_opt.modes import StepContext
 from adaptive_opt.objective import moved
 from adaptive_opt.probe import FORWARD
 from adaptive_opt.sharded import placed
 
+WORTH = 0.01  # of the loss: what counts as progress in a stall, or the step is not worth its measurement
+
 
 class Escape:
-    """Line search along the most negative Ritz direction, both signs, on forward passes only.
+    """Line search along negative curvature, both signs, on forward passes only.
 
-    The first length is `first` times (1 + |w|); it grows by `growth` while the loss falls, up to `cap` times (1 + |w|).
-    The move stands in for the base's step. It is kept if the loss is lower on the next batch too.
+    Two directions are tried: that of the most negative Ritz value, and all negative ones together, each as long as its
+    curvature and downhill. The first length is `first` times (1 + |w|); it grows by `growth` while the loss falls, up to
+    `cap` times (1 + |w|). The move stands in for the base's step; what the base's momentum had along it is taken out. It is
+    made if it lowers the loss by 1 %, and kept if the loss is lower on the next batch too.
     """
 
     name = "escape"
 
-    def __init__(self, first: float = 0.01, growth: float = 3.0, cap: float = 1.0):
+    def __init__(self, first: float = 0.01, growth: float = 3.0, cap: float = 10.0):
         if not 0 < first <= cap or growth <= 1:
             raise ValueError(f"Escape(first={first}, growth={growth}, cap={cap}): 0 < first <= cap and growth above 1")
         self.first, self.growth, self.cap = first, growth, cap
 
     def apply(self, patient: Patient) -> Applied | None:
-        """Called when the diagnosis says SADDLE; None when no step along the direction lowers the loss."""
+        """Called when the diagnosis says SADDLE; None when no step along the directions lowers the loss."""
         ctx, objective = patient.ctx, patient.ctx.objective
-        if objective is None or patient.bottom is None:
+        directions = [d for d in (patient.bottom, patient.below) if d is not None]
+        if objective is None or not directions:
             return None
-        direction = unflatten(patient.bottom, objective.params)
         size = 1 + float(norm(flatten(objective.params)))  # of whole parameters: a shard's own norm is another on each process
+        try:
+            start, found = objective.loss(), []
+            ctx.cost += FORWARD
+            for direction in directions:
+                found.append((*self._search(ctx, unflatten(direction, objective.params), size, start), direction))
+        except Exception as error:  # the batch cannot be had again; `moved` has put the parameters back
+            ctx.failure = error
+            return None
+        best, length, direction = min(found, key=lambda f: f[0])
+        if not start - best > WORTH * abs(start):
+            return None
+        before = Snapshot.take(patient.trend.step, ctx)
+        pieces = unflatten(direction, objective.params)
+        with torch.no_grad():
+            for p, d in zip(objective.params, pieces, strict=True):
+                p.add_(placed(d, p).to(p.dtype), alpha=length)
+            if ctx.mode.steps_as_base:  # elsewhere the momentum is in another basis
+                _without(ctx, pieces, direction)
+        along = "the most negative curvature" if direction is patient.bottom else "all negative curvature together"
+        done = f"stepped {length:.3g} along {along}, loss {start:.6g} -> {best:.6g}"
+        return Applied(done, moved=True, trial=1, before=before)
+
+    def _search(self, ctx: StepContext, direction: list[Tensor], size: float, start: float) -> tuple[float, float]:
+        """The lowest loss along +-direction, and the signed length at which it is."""
+        objective = ctx.objective
+        assert objective is not None
 
         def loss_at(length: float) -> float:
             ctx.cost += FORWARD
@@ -45,18 +75,6 @@ class Escape:
                 value = objective.loss()
             return value if math.isfinite(value) else math.inf
 
-        try:
-            return self._search(patient, direction, size, loss_at)
-        except Exception as error:  # the batch cannot be had again; `moved` has put the parameters back
-            ctx.failure = error
-            return None
-
-    def _search(
-        self, patient: Patient, direction: list[Tensor], size: float, loss_at: Callable[[float], float]
-    ) -> Applied | None:
-        ctx = patient.ctx
-        assert ctx.objective is not None
-        start = loss_at(0.0)
         tries = {sign * self.first * size: loss_at(sign * self.first * size) for sign in (1.0, -1.0)}
         length = min(tries, key=lambda t: tries[t])
         best = tries[length]
@@ -65,17 +83,23 @@ class Escape:
             if not further < best:
                 break
             length, best = length * self.growth, further
-        if not best < start:
-            return None
-        before = Snapshot.take(patient.trend.step, ctx)
-        with torch.no_grad():
-            for p, d in zip(ctx.objective.params, direction, strict=True):
-                p.add_(placed(d, p).to(p.dtype), alpha=length)
-        done = f"stepped {length:.3g} along the most negative curvature, loss {start:.6g} -> {best:.6g}"
-        return Applied(done, moved=True, trial=1, before=before)
+        return best, length
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _without(ctx: StepContext, pieces: list[Tensor], direction: Tensor) -> None:
+    """The base's momentum without its component along the direction: it would go on where the saddle's slope led."""
+    assert ctx.objective is not None
+    params = ctx.objective.params
+    for name in ("momentum_buffer", "exp_avg"):
+        averages = [ctx.base.state.get(p, {}).get(name) for p in params]
+        if any(not isinstance(m, Tensor) or m.shape != p.shape for m, p in zip(averages, params, strict=True)):
+            continue
+        along = float(dot(flatten(averages), direction))
+        for m, d in zip(averages, pieces, strict=True):
+            m.sub_(placed(d, m).to(m.dtype), alpha=along)

@@ -40,7 +40,7 @@ class Spectral:
 
     name = "spectral"
 
-    def __init__(self, band: float = 1.1, limit: float = 100.0, trial: int = 100):
+    def __init__(self, band: float = 1.1, limit: float = 1e4, trial: int = 100):
         if band < 1 or limit <= 1 or trial < 1:
             raise ValueError(f"Spectral(band={band}, limit={limit}, trial={trial}): band of 1 or more, limit above 1")
         self.band, self.limit, self.trial = band, limit, trial
@@ -91,10 +91,8 @@ def _weight(layer: LayerReading) -> str:
 def _chains(layers: Sequence[LayerReading], named: Mapping[str, nn.Parameter]) -> Iterator[list[LayerReading]]:
     """What is repaired: recurrent matrices, and the chains in which a scale is passed on."""
     yield from ([r] for r in layers if r.kind == "recurrent" and r.sigma_rms > 0 and r.name in named)
-    for chain in chains(layers):
-        wrapped = [r for r in chain if _weight(r) in named]
-        if len(chain) >= LEAST and wrapped:
-            yield wrapped
+    wrapped = ([r for r in chain if _weight(r) in named] for chain in chains(layers, LEAST))
+    yield from (chain for chain in wrapped if chain)
 
 
 def _balanced(chain: Sequence[LayerReading]) -> bool:

@@ -162,15 +162,16 @@ class Contest:
 RATES, LOW = (1e-3, 3e-3, 1e-2, 3e-2), (1e-4, 3e-4, 1e-3, 3e-3)
 SECOND_ORDER = ("AdamW", "kfac", "kfac, of layers", "SOAP (peer)", "Muon (peer)", "Shampoo (peer)")
 SHARP = ("AdamW", "sam", "sam, every 2nd", "asam", "SAM (peer)")
+LAYERED = ("AdamW, beta2 0.95", "kfac", "kfac, of layers")
 TUNED = ("AdamW", "AdamW, beta2 0.95", "kfac", "kfac, beta 0.99", *SECOND_ORDER[2:])
 CONTESTS = {
     "autoencoder": Contest(autoencoder, "train MSE", 4, None, RATES, SECOND_ORDER),
     "poisson": Contest(poisson, "relative L2 error", 6, None, RATES, TUNED),
-    "poisson, 1024 points": Contest(partial(poisson, points=1024), "relative L2 error", 10, None, RATES, TUNED[1:3]),
+    "poisson, 1024 points": Contest(partial(poisson, points=1024), "relative L2 error", 10, None, RATES, LAYERED),
     "noise": Contest(noise, "test error, %", 10, None, LOW, SHARP),
     "noise, equal steps": Contest(noise, "test error, %", None, 4000, LOW, SHARP[:2]),
-    "gpt": Contest(gpt, "validation loss", 8, None, RATES, SECOND_ORDER),
-    "gpt, equal steps": Contest(gpt, "validation loss", None, 400, RATES, SECOND_ORDER[:4]),
+    "gpt": Contest(gpt, "validation loss", 8, None, RATES, SECOND_ORDER[:5]),
+    "gpt, equal steps": Contest(gpt, "validation loss", None, 400, RATES, ("AdamW", "kfac", "SOAP (peer)")),
     "mnist": Contest(mnist, "test error, %", 5, None, RATES, ("AdamW", "kfac", "sam")),
 }
 

@@ -607,6 +607,26 @@ def test_an_exception_in_the_bases_step_leaves_parameters_and_groups_as_they_wer
         assert p.grad is grad
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_stay_in_their_own_storage(dtype, memory_format):
+    """While the base steps they are set aside; a view of them that the user holds sees every step."""
+    torch.manual_seed(0)
+    W = torch.randn(6, 4, 3, 3, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    base = o.AdamW([W], lr=0.1)
+    mode, ctx = KFAC(every=2), context(base, W)
+    mode.enter(ctx)
+    view, place, strides = W.detach(), W.data_ptr(), W.stride()
+    for _ in range(6):
+        before = view.clone()
+        W.grad = torch.randn(6, 4, 3, 3).to(dtype)
+        mode.step(ctx)
+        assert not torch.equal(view, before)
+        assert torch.equal(view, W)
+    assert mode.coverage()[0].startswith("both sides")
+    assert (W.data_ptr(), W.stride(), W.dtype) == (place, strides, dtype)
+
+
 def test_a_subclass_with_a_step_of_its_own_sees_rotated_parameters_and_ends_at_the_same_weights():
     class Same(o.AdamW):
         def step(self, closure=None):

@@ -20,8 +20,8 @@ ETA = 0.01  # ASAM's, added to |w| so that what is 0 can move (Kwon et al., 2021
 class SAM:
     """A step with the gradient at the top of the neighbourhood, by one replay of the batch.
 
-    rho: radius relative to the weights' norm; the absolute rho of the paper is rho * |w|. With label noise twice that is
-    better still, on a 13-layer net half of it already hurts (docs/evidence.md, "modes"): sam belongs on trial, with
+    rho: radius relative to the weights' norm; the absolute rho of the paper is rho * |w|. With label noise five times that
+    is better still, on a 13-layer net half of it already hurts (docs/evidence.md, "modes"): sam belongs on trial, with
     `validate=`. adaptive: ASAM's neighbourhood (Kwon et al., 2021), in which every weight moves in proportion to itself;
     rho is then the paper's own, 0.5 to 2. every: only every k-th step climbs. inner: the mode that takes the step with
     that gradient; None is the base's own step.

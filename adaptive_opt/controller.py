@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adaptive_opt import verify
+from adaptive_opt import checkpoint, verify
 from adaptive_opt.capture import Ambient, Capture
 from adaptive_opt.curvature import whole
 from adaptive_opt.diagnosis import diagnose
@@ -31,7 +31,6 @@ from adaptive_opt.parallel import ALONE, ProcessLost, Team
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
 from adaptive_opt.records import Decision, Event, History, LayerReading, Outlier, Reading, StepReport, Trend
-from adaptive_opt.sharded import gathered, is_sharded
 from adaptive_opt.signals import Signals
 from adaptive_opt.stays import Stays
 from adaptive_opt.verify import MORE, Trial, Verdict
@@ -43,7 +42,6 @@ MODE_TRIAL = 50  # steps that a mode is given to show its gain: as many as it is
 TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, or a reading, asks the gate again
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 COOL_DOWN = 100  # steps before a treatment that was taken back may be tried again; doubled each time
-PLAIN_STATE = ("steps", "mode", "mode_since", "mode_is_treatment", "treatment_cost", "alarm", "last_trust", "said_untreated")
 
 
 class Controller:
@@ -232,9 +230,9 @@ class Controller:
             moments = self.statistics.look()
         norm = whole(torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads]))
         value = loss if loss is not None else self.gate.loss()
-        parts = [norm] + ([value.detach().reshape(-1)[0]] if isinstance(value, Tensor) else [])
-        parts += [] if moments is None else [*moments]
-        size, *rest = torch.stack([part.to(norm.device, torch.float32) for part in parts]).tolist()
+        parts = [norm.reshape(1)] + ([value.detach().reshape(-1)[:1]] if isinstance(value, Tensor) else [])
+        parts += [] if moments is None else [moments]
+        size, *rest = torch.cat([part.to(norm.device, torch.float32) for part in parts]).tolist()
         value = rest.pop(0) if isinstance(value, Tensor) else None if value is None else float(value)
         poison = self.statistics.judge(self.steps, rest) if moments is not None else None
         value, size, poison = self._agree(ctx, value, size, poison)
@@ -463,14 +461,13 @@ class Controller:
         """The parameters jumped: what was averaged is of another place, and a mode in which the run broke is out."""
         if self.damp is not None:
             self.damp.moved = True
-        if name == "rollback":
-            self.alarm = True
-            if self.mode_is_treatment:
-                self.mode_is_treatment = False
-                events.append(Event(self.steps, mode_then, "the run broke in this mode", "back to base", "reverted"))
-                self._wait(mode_then)
-                if self.mode != "base":
-                    self._enter("base", ctx)
+        self.alarm = self.alarm or name in ("rollback", "spectral")
+        if name == "rollback" and self.mode_is_treatment:
+            self.mode_is_treatment = False
+            events.append(Event(self.steps, mode_then, "the run broke in this mode", "back to base", "reverted"))
+            self._wait(mode_then)
+            if self.mode != "base":
+                self._enter("base", ctx)
 
     def _restore(self, snapshot: Snapshot) -> None:
         """Back to a snapshot, and into the mode whose basis its moments are in: leaving that mode is a step of its own."""
@@ -570,57 +567,18 @@ class Controller:
         validate = self.validate
         return self.team.mean(self.team.together(lambda: float(validate())))
 
-    # ---- checkpoint: plain types and tensors only -----------------------------------------------------------------
+    # ---- checkpoint ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run needs to go on bit for bit, beside the base optimizer's own state; whole tensors."""
-        state = {
-            "version": 1,
-            **{name: getattr(self, name) for name in PLAIN_STATE},
-            "not_before": dict(self.not_before),
-            "failures": dict(self.failures),
-            "kappas": list(self.kappas),
-            "first_layers": None if self.first_layers is None else [asdict(layer) for layer in self.first_layers],
-            "reading": None if self.reading is None else asdict(self.reading),
-            "trial": None if self.trial is None else self.trial.state_dict(),
-            "modes": {name: mode.state_dict() for name, mode in self.modes.items()},
-            "interventions": {name: i.state_dict() for name, i in self.interventions.items()},
-            **{name: part.state_dict() for name, part in self._parts().items()},
-        }
-        return gathered(state) if any(map(is_sharded, all_params(self.base))) else state
+        """Everything that a run needs to go on bit for bit, beside the base optimizer's own state: plain types, tensors."""
+        return checkpoint.written(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint; tensors are put where the parameters are."""
         self.check(state)
-        state = copied(state, all_params(self.base)[0].device)
-        for name in PLAIN_STATE:
-            setattr(self, name, state[name])
+        checkpoint.read(self, state)
         self._listen()
-        self.not_before, self.failures, self.kappas = state["not_before"], state["failures"], state["kappas"]
-        layers = state["first_layers"]
-        self.first_layers = None if layers is None else tuple(LayerReading(**layer) for layer in layers)
-        self.reading = None if state["reading"] is None else Reading.from_dict(state["reading"])
-        self.trial = Trial.from_state_dict(state["trial"])
-        for name, part in self._parts().items():
-            if name in state:  # a checkpoint of before there were stays has none
-                part.load_state_dict(state[name])
-        for kind, mine in (("modes", self.modes), ("interventions", self.interventions)):
-            for name in mine.keys() & state[kind].keys():
-                mine[name].load_state_dict(state[kind][name])
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError when this checkpoint cannot be taken over; touches nothing."""
-        if state["mode"] not in self.modes:
-            raise ValueError(
-                f"load_state_dict: the checkpoint was written in mode {state['mode']!r}, which is not among modes="
-                f"{sorted(self.modes)}; its moments may be in that mode's basis, so give the mode again"
-            )
-
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "gate": self.gate,
-            "probe": self.memory,
-            "signals": self.signals,
-            "statistics": self.statistics,
-            "stays": self.stays,
-        }
+        checkpoint.check(state, self.modes)

@@ -30,9 +30,9 @@ class Rule:
 TABLE: tuple[Rule, ...] = (
     Rule(Condition.NON_FINITE, "rollback", "a finite step", urgent=True),
     Rule(Condition.BROKEN, "rollback", "loss back at its usual level", urgent=True),
+    Rule(Condition.DRIFTING, "spectral", "loss after the trial"),  # before damp: the step's length is of the sick layers
     Rule(Condition.UNSTABLE, "damp", "loss falls", urgent=True),
     Rule(Condition.SADDLE, "escape", "loss on the next batch", needs="replay"),
-    Rule(Condition.DRIFTING, "spectral", "loss after the trial"),
     Rule(Condition.ILL_CONDITIONED, "kfac", "progress a step", switch=True),
     Rule(Condition.SHARP, "sam", "the user's validation loss", switch=True, needs="validate"),
 )
@@ -53,16 +53,16 @@ class RulePolicy:
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         mode, reason, expects = history.mode, "", None
         chosen: list[tuple[str, str]] = []  # intervention, why
+        taken = False  # what is not urgent is treated one at a time
         for rule in self.table:
             finding = diagnosis.find(rule.condition)
-            if finding is None or not self._allowed(rule, history):
+            if finding is None or (taken and not rule.urgent) or not self._allowed(rule, history):
                 continue
+            taken = taken or not rule.urgent
             if rule.switch:
                 mode, reason, expects = rule.treatment, finding.evidence, rule.expects
             else:
                 chosen.append((rule.treatment, finding.evidence))
-            if not rule.urgent:
-                break
         return Decision(mode, tuple(name for name, _ in chosen), tuple(why for _, why in chosen), reason, expects)
 
     def _allowed(self, rule: Rule, history: History) -> bool:

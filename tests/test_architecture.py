@@ -38,9 +38,10 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "gate": {"capture", "curvature", "modes", "objective", "parallel"},
     "modes": {"capture", "curvature", "family", "objective", "parallel", "records", "sharded"},
     "interventions": {"family", "metric", "modes", "objective", "records", "curvature", "probe", "sharded", "signals"},
+    "checkpoint": {"interventions", "modes", "records", "sharded", "verify"},
     "controller": {
-        "capture", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice", "objective",
-        "parallel", "policy", "probe", "records", "sharded", "signals", "stays", "verify",
+        "capture", "checkpoint", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice",
+        "objective", "parallel", "policy", "probe", "records", "signals", "stays", "verify",
     },
     "optimizer": {
         "capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records", "sharded",

@@ -106,7 +106,7 @@ ABLE = History(step=200, can_replay=True, can_validate=True)
     [
         ([Condition.HEALTHY], ABLE, "base", ()),
         ([Condition.NON_FINITE], ABLE, "base", ("rollback",)),
-        ([Condition.UNSTABLE, Condition.DRIFTING], ABLE, "base", ("damp", "spectral")),
+        ([Condition.DRIFTING, Condition.UNSTABLE], ABLE, "base", ("spectral", "damp")),  # what moves comes first
         ([Condition.SADDLE], ABLE, "base", ("escape",)),
         ([Condition.SADDLE], replace(ABLE, can_replay=False), "base", ()),
         ([Condition.ILL_CONDITIONED], ABLE, "kfac", ()),
@@ -117,7 +117,12 @@ ABLE = History(step=200, can_replay=True, can_validate=True)
         ([Condition.SHARP], replace(ABLE, can_validate=False), "base", ()),  # only validation shows what SAM is worth
         ([Condition.SHARP], replace(ABLE, mode="kfac"), "kfac", ()),  # one mode at a time
         ([Condition.NON_FINITE], replace(ABLE, trial="kfac"), "base", ("rollback",)),  # urgent
-        (list(Condition)[:-1], ABLE, "base", ("rollback", "rollback", "damp", "escape")),  # all urgent ones, then one
+        (
+            [Condition.NON_FINITE, Condition.BROKEN, Condition.DRIFTING, Condition.UNSTABLE, Condition.SADDLE, Condition.SHARP],
+            ABLE,
+            "base",
+            ("rollback", "rollback", "spectral", "damp"),
+        ),  # all that are urgent, and the first of the others
         ([Condition.DRIFTING, Condition.ILL_CONDITIONED, Condition.SHARP], ABLE, "base", ("spectral",)),
         ([Condition.SHARP, Condition.ILL_CONDITIONED], ABLE, "kfac", ()),  # whatever the order of the findings
     ],

@@ -17,6 +17,7 @@ STANDS_OUT = 25.0  # times the largest second moment so far; docs/evidence.md, "
 FADE = 0.98  # what is left of that largest after a batch
 IN_A_ROW = 3  # so many batches that stand out are the data's own; rollback's patience
 FORWARDS = 64  # of accumulation, at most: more batches than these before the first step, and a checkpoint was loaded
+TINY = 1e-6  # a momentum of 0 never moves: nothing is divided by it
 NAMES = ("running_mean", "running_var")
 
 
@@ -47,6 +48,8 @@ class RunningStatistics:
         self.present: tuple[int, list[float]] | None = None  # this step's batch, not counted yet
         self._model: nn.Module | None = None
         self._layers: list[nn.Module] = []
+        self._layer: Tensor | None = None  # (c,) which layer a channel is of
+        self._seen: tuple[Tensor, Tensor] | None = None  # what `look` found in this step
 
     def attach(self, model: nn.Module | None) -> None:
         """Listen to this model from now on; its statistics of before the first batch are kept."""
@@ -62,18 +65,20 @@ class RunningStatistics:
         """(layers,) the moments of the present batch, on the device; None where there is nothing to compare with."""
         if not self._layers or self.kept is None or self.counts is None:
             return None
-        now, counts = self._now()
+        now, counts = self._seen = self._now()
         unseen = not self.largest and not self.early
         if now.shape != self.kept.shape or (unseen and float((counts - self.counts).max()) > FORWARDS):
             self.keep()
             return None
-        sizes = torch.tensor([_buffer(layer, "running_mean").numel() for layer in self._layers], device=now.device)
-        m = self._momenta(counts).to(now).repeat_interleave(sizes)
+        if self._layer is None or 2 * len(self._layer) != len(now) or self._layer.device != now.device:
+            sizes = torch.tensor([_buffer(layer, "running_mean").numel() for layer in self._layers], device=now.device)
+            self._layer = torch.arange(len(sizes), device=now.device).repeat_interleave(sizes)
+        m = self._momenta(counts)
+        m = m.to(now)[self._layer] if isinstance(m, Tensor) else m
         mean, var = now.chunk(2)
         mean_kept, var_kept = self.kept.chunk(2)
         batch_var, shift = (var - (1 - m) * var_kept) / m, (mean - mean_kept) / m
-        layer = torch.arange(len(sizes), device=now.device).repeat_interleave(sizes)
-        return torch.zeros(len(sizes), dtype=now.dtype, device=now.device).index_add_(0, layer, batch_var + shift**2)
+        return now.new_zeros(len(self._layers)).index_add_(0, self._layer, batch_var.addcmul_(shift, shift))
 
     def judge(self, step: int, moments: list[float]) -> Outlier | None:
         """The batch that stands out: this step's or, once five are seen, one of those. Three in a row are the data's own."""
@@ -105,7 +110,8 @@ class RunningStatistics:
                 self.largest = [max(column) for column in zip(*(early.moments for early in self.early), strict=True)]
                 self.early = []
         self.present = None
-        self.kept, self.counts = self._now()
+        self.kept, self.counts = self._now() if self._seen is None else self._seen
+        self._seen = None
 
     def cleanse(self, step: int) -> None:
         """Back to what was before the batch of this step, which is the present one or one of the first five."""
@@ -120,7 +126,7 @@ class RunningStatistics:
     @torch.no_grad()
     def restore(self) -> None:
         """Back to what was kept; the present batch is not counted."""
-        self.present = None
+        self.present = self._seen = None
         if not self._layers or self.kept is None or self.counts is None:
             return
         buffers = [_buffer(layer, name) for name in NAMES for layer in self._layers]
@@ -141,14 +147,14 @@ class RunningStatistics:
             [torch.zeros((), dtype=torch.long, device=first.device) if c is None else c.to(first.device) for c in counts]
         )
 
-    def _momenta(self, counts: Tensor) -> Tensor:
-        """(layers,) weight of the batch in the running average; a layer without momentum averages over all batches."""
+    def _momenta(self, counts: Tensor) -> Tensor | float:
+        """Weight of the batch in the running average, (layers,) or one for all; without momentum all batches count alike."""
         given = [getattr(layer, "momentum", None) for layer in self._layers]
+        if given[0] is not None and given.count(given[0]) == len(given):
+            return max(float(given[0]), TINY)
         m = torch.tensor([0.0 if g is None else float(g) for g in given], device=counts.device)
-        if None in given:
-            alone = torch.tensor([g is None for g in given], device=counts.device)
-            m = torch.where(alone, 1 / counts.clamp_min(1), m)
-        return m.clamp_min(1e-6)
+        alone = torch.tensor([g is None for g in given], device=counts.device)
+        return torch.where(alone, 1 / counts.clamp_min(1), m).clamp_min(TINY)
 
     def state_dict(self) -> dict[str, Any]:
         early = [{**vars(early), "moments": list(early.moments)} for early in self.early]
@@ -157,7 +163,7 @@ class RunningStatistics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.kept, self.counts, self.largest, self.odd = state["kept"], state["counts"], state["largest"], state["odd"]
         self.early = [Early(**early) for early in state["early"]]
-        self.present = None
+        self.present = self._seen = None
 
 
 def _ratio(moments: list[float], usual: list[float]) -> float:

@@ -44,7 +44,7 @@ bench-probe: $(SETUP)  ## the curvature engine beside PyHessian, hessian-eigenth
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_probe.py --figure docs/bench_probe.png
 
-bench-modes: $(SETUP)  ## the modes beside the bare base and the peers on five workloads (half an hour; goes on where it was cut off)
+bench-modes: $(SETUP)  ## the modes beside the bare base and the peers on five workloads (35 minutes of one core; goes on where it was cut off)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_modes.py --figure docs/bench_modes.png
 

@@ -412,13 +412,13 @@ def table(book: Book, name: str) -> str:
     budget = f"{contest.seconds:g} s" if contest.seconds else f"{contest.steps} steps"
     lines = [f"| {budget} | {contest.metric} | lr | steps | ms a step |", "|---|---|---|---|---|"]
     for r in summary(book, name):
-        score = f"{r['mean']:.3g} ± {r['half']:.2g} ({r['seeds']} seeds)"
+        score = f"{r['mean']:.3g} ± {r['half']:.2g} ({r['seeds']} seeds)" if r["seeds"] > 1 else f"{r['mean']:.3g} (1 seed)"
         lines.append(f"| {r['arm']} | {score} | {r['lr']:g} | {r['steps']:.0f} | {r['ms']:.2f} |")
     return "\n".join(lines)
 
 
 def draw(book: Book, path: Path) -> None:
-    """A panel a contest: mean and 95 % interval of every arm."""
+    """A panel a contest: mean and 95 % interval of every arm that did not diverge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -431,6 +431,7 @@ def draw(book: Book, path: Path) -> None:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
         rows = summary(book, name)[::-1]
+        rows = [r for r in rows if r["mean"] < 100 * min(r["mean"] for r in rows)]  # what diverged is in the table
         axis.errorbar([r["mean"] for r in rows], range(len(rows)), xerr=[r["half"] for r in rows], fmt="o", capsize=3)
         axis.set_yticks(range(len(rows)), [r["arm"] for r in rows], fontsize=7)
         axis.set_xscale("log" if name.startswith("poisson") else "linear")

@@ -29,7 +29,7 @@ def regret_map(rows: Sequence[Row], path: Path) -> str:
     arms = [s.arm for s in standings(rows)]
     if not found:
         return ""
-    table = np.array([[values.get(arm, np.nan) for arm in arms] for values in found.values()])
+    table = np.array([[values.get(arm, np.nan) for arm in arms] for values in found.values()]).round(2) + 0.0  # no -0.00
     fig, ax = plt.subplots(figsize=(1.6 + 0.72 * len(arms), 1.3 + 0.24 * len(found)), layout="constrained")
     image = ax.imshow(np.clip(table, 0, 1), aspect="auto", cmap="cividis_r", vmin=0, vmax=1)
     for i, j in np.ndindex(table.shape):
@@ -45,7 +45,7 @@ def regret_map(rows: Sequence[Row], path: Path) -> str:
             )
     ax.set_xticks(range(len(arms)), arms, rotation=45, ha="right", fontsize=8)
     ax.set_yticks(range(len(found)), [", ".join(place) for place in found], fontsize=8)
-    ax.set_title("regret: 0 the best arm of the row, 1 nothing learned (the human is not among the arms)", fontsize=9)
+    ax.set_title("regret: 0 the best arm of the row, 1 nothing learned\n(the human is not among the arms)", fontsize=9)
     fig.colorbar(image, ax=ax, shrink=0.5)
     return save(fig, path)
 
@@ -65,7 +65,7 @@ def healed(rows: Sequence[Row], path: Path) -> str:
     ax.set_yticks(range(len(found)), [s.arm for s in found])
     ax.invert_yaxis()
     ax.set_xlim(-0.02, 1.15)
-    ax.set_xlabel("share healed of the runs in which the bare base fails (Wilson 95 %; dotted: the aim, 85 %)")
+    ax.set_xlabel("share healed of the runs in which the bare base fails\n(bars: Wilson 95 %; dotted: the aim, 85 %)")
     ax.grid(axis="x", alpha=0.3)
     return save(fig, path)
 

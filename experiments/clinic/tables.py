@@ -87,9 +87,9 @@ def means(rows: Sequence[Row]) -> dict[Place, dict[str, float]]:
 
 
 def regrets(rows: Sequence[Row]) -> dict[Place, dict[str, float]]:
-    """The share of the way from the best arm's mean back to nothing learned, at most 1.
+    """How far an arm's mean is behind the best arm's, as a share of the way from nothing learned to the best known; at most 1.
 
-    The human is not among the arms: below 0 it did better than all of them.
+    The human is not among the arms, but its value may be the best known: below 0 it did better than all of them.
     """
     out = {}
     for place, values in means(compute_rows(done(rows))).items():
@@ -97,16 +97,35 @@ def regrets(rows: Sequence[Row]) -> dict[Place, dict[str, float]]:
         others = [v for arm, v in values.items() if arm != "human"]
         best = max(others) if w.higher else min(others)
         chance = 0.0 if w.metric.startswith("log10") else w.chance
-        way = abs(best - chance)
+        way = max(abs(v - chance) for v in (best, values.get("human", best)))
         sign = 1 if w.higher else -1
         out[place] = {arm: min(1.0, sign * (best - v) / way) if way > 0 else 0.0 for arm, v in values.items()}
     return out
 
 
+def failing(rows: Sequence[Row]) -> set[tuple[str, str, int]]:
+    """Workload, base and seed where the bare base fails; of judged rows."""
+    return {(r["workload"], r["base"], r["seed"]) for r in rows if r["arm"] == "bare" and r["healed"] is False}
+
+
+def at_equal_steps(rows: Sequence[Row]) -> str:
+    """What the rules heal when their price is left out."""
+    rows = judged(rows)
+    fails = failing(rows)
+    mine = [r for r in rows if r["budget"] == "steps" and (r["workload"], r["base"], r["seed"]) in fails]
+    if not mine:
+        return ""
+    k, n = sum(r["healed"] is True for r in mine), len(mine)
+    low, high = wilson(k, n)
+    return (
+        f"With as many steps as bare, their price left out, the rules heal {k} of {n} = {k / n:.0%} ({low:.0%} to {high:.0%})."
+    )
+
+
 def standings(rows: Sequence[Row]) -> list[Standing]:
     rows = judged(rows)
     regret = regrets(rows)
-    fails = {(r["workload"], r["base"], r["seed"]) for r in compute_rows(rows) if r["arm"] == "bare" and r["healed"] is False}
+    fails = failing(rows)
     out = []
     for arm in (a for a in ARMS if any(r["arm"] == a for r in rows)):
         mine = compute_rows([r for r in rows if r["arm"] == arm])
@@ -229,6 +248,7 @@ def write(rows: Sequence[Row]) -> str:
         ["arm", "places", "mean regret", "worst", "where", "healed where bare fails", "errors"],
         [standing_cells(s) for s in standings(rows)],
     )]  # fmt: skip
+    parts.append(at_equal_steps(rows))
     for budget in ("compute", "steps"):
         found = [v for v in against_bare(rows, budget) if v.short.value > WORSE]
         parts.append(f"## Where the rules end more than {WORSE:.0%} worse than bare, equal {budget}")
@@ -236,6 +256,7 @@ def write(rows: Sequence[Row]) -> str:
     healthy = [v for b in ("steps", "compute") for v in against_bare(rows, b) if WORKLOADS[v.workload].healthy]
     if healthy:
         parts += ["## Healthy controls: the rules against bare", _versus(healthy), alarms(rows)]
+    parts += ["## What is run", described(list(dict.fromkeys(r["workload"] for r in rows)))]
     parts += [
         "## Place by place: mean (runs healed / runs)",
         markdown(["", "metric", "healthy", *there], place_cells(rows, there)),
@@ -246,6 +267,16 @@ def write(rows: Sequence[Row]) -> str:
         failed
     )
     return "\n\n".join(parts) + "\n"
+
+
+def described(names: Sequence[str]) -> str:
+    """What is run: a line a workload."""
+    lines = []
+    for w in (WORKLOADS[name] for name in names):
+        rates = ", ".join(f"{w.factor * rate:g} {base}" for base, rate in w.rates.items())
+        human = w.human.words if w.human is not None else ""
+        lines.append([w.name, w.group, rates, f"{w.metric}, {'more' if w.higher else 'less'} is better", human])
+    return markdown(["", "what is wrong", "learning rates", "metric", "the human"], lines)
 
 
 def _versus(found: Sequence[Versus]) -> str:

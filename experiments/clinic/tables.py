@@ -218,8 +218,8 @@ def against_bare(rows: Sequence[Row], budget: str, arm: str = "rules") -> list[V
 
 def versus_cells(v: Versus) -> list[str]:
     short = v.short
-    spread = "" if short.low is None or short.high is None else f"{-short.high:+.1%} to {-short.low:+.1%}"
-    return [f"{v.workload}, {v.base}", v.budget, f"{v.bare:.4g}", f"{v.rules:.4g}", f"{-short.value:+.1%}", spread]
+    spread = "" if short.low is None or short.high is None else f"{0 - short.high:+.1%} to {0 - short.low:+.1%}"
+    return [f"{v.workload}, {v.base}", v.budget, f"{v.bare:.4g}", f"{v.rules:.4g}", f"{0 - short.value:+.1%}", spread]
 
 
 def alarms(rows: Sequence[Row], arm: str = "rules") -> str:

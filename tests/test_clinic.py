@@ -203,13 +203,13 @@ def test_a_hot_run_is_held_against_its_healthy_twin():
     assert rows[0]["healed"] is None
 
 
-def test_regret_is_the_share_of_the_way_back_to_nothing_learned():
-    rows = [row("tiny start", arm, v) for arm, v in (("rules", 90.0), ("bare", 50.0), ("human", 98.0), ("kfac", 5.0))]
-    found = tables.regrets(rows)["tiny start", "SGD"]
+def test_regret_is_the_share_of_the_way_from_the_best_known_back_to_nothing_learned():
+    rows = [row("tiny start", arm, v) for arm, v in (("rules", 90.0), ("bare", 50.0), ("human", 98.0), ("kfac", 1.0))]
+    found = tables.regrets(rows)["tiny start", "SGD"]  # chance is 10
     assert found["rules"] == 0
-    assert found["bare"] == 0.5
-    assert found["human"] == pytest.approx(-0.1)
-    assert found["kfac"] == 1
+    assert found["bare"] == pytest.approx((90 - 50) / (98 - 10))
+    assert found["human"] == pytest.approx((90 - 98) / (98 - 10))
+    assert found["kfac"] == 1  # worse than nothing learned
 
 
 def test_only_seeds_that_all_arms_have_are_averaged():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -337,11 +338,17 @@ def test_whoever_opens_it_to_others_may_be_asked_in_any_name(folder):
 
 def test_the_command_serves_and_ends_quietly(folder):
     command = [sys.executable, "-m", "adaptive_opt", "dashboard", str(folder), "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        url = process.stdout.readline().split()[0]
-        assert ask(url, "/")[0] == 200
-        process.send_signal(2)
-        _, err = process.communicate(timeout=20)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a suite that a shell runs in the background has SIGINT ignored, and its children inherit that
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=ROOT, **pipes, **heard) as process:
+        try:
+            url = process.stdout.readline().split()[0]
+            assert ask(url, "/")[0] == 200
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert err == ""
     with socket.socket() as s:

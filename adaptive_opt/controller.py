@@ -576,8 +576,9 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint; tensors are put where the parameters are."""
         self.check(state)
+        self.mode = state["mode"]
+        self._listen()  # first: a mode that begins to hear the layers forgets, and its own state is to come
         checkpoint.read(self, state)
-        self._listen()
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError when this checkpoint cannot be taken over; touches nothing."""

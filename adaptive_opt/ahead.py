@@ -25,13 +25,14 @@ def overshoot_ahead(objective: Objective, m: Metric, g: Tensor, share: float) ->
 
     g: (n,), unclipped. share: of d, what is really taken. Parameters, buffers and RNG are afterwards what they were.
     """
-    slope = -share * float(dot(g, m.root * m.momentum))
+    d = -m.root * m.momentum
+    slope = share * float(dot(g, d))
     here, passes = objective.seen_loss(), 1
     if here is None:
         here, passes = objective.loss(), 2
     if not slope < -ROUNDING * abs(here):
         return None, passes - 1
-    with moved(objective.params, unflatten(-m.root * m.momentum, objective.params), share):
+    with moved(objective.params, unflatten(d, objective.params), share):
         there = objective.loss()
     if not math.isfinite(there):
         return FURTHEST / share, passes

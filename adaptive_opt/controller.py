@@ -104,7 +104,7 @@ class Controller:
         events: list[Event] = []
         ctx = self.gate.context(self.modes[self.mode], closure, ambient)
         if self.damp is not None:
-            self.damp.see(max(float(group["lr"]) for group in self.base.param_groups))
+            self.damp.see(self._largest_lr)
         trend = self._compared(self._trend(ctx, loss, events), ctx, events)
         sick = not trend.finite or trend.spike or trend.outlier is not None  # this batch proves nothing
         taken_back = not sick and self._verdict(ctx, trend, events)  # then its gradients belong to where we are no more
@@ -176,6 +176,11 @@ class Controller:
         return ALONE if self.passive else self.gate.team
 
     @property
+    def _largest_lr(self) -> float:
+        """The user's, over the param groups."""
+        return max(float(group["lr"]) for group in self.base.param_groups)
+
+    @property
     def lr_scale(self) -> float:
         """What the effective learning rate is of the user's."""
         scale = 1.0
@@ -245,7 +250,7 @@ class Controller:
             except Exception as error:
                 ctx.failure = error
                 self._failed(ctx, events)
-        trend = self.signals.judge(self.steps, value, size, max(float(group["lr"]) for group in self.base.param_groups))
+        trend = self.signals.judge(self.steps, value, size, self._largest_lr)
         return replace(trend, poison=poison) if trend.finite and not trend.spike else trend
 
     def _compared(self, trend: Trend, ctx: StepContext, events: list[Event]) -> Trend:

@@ -81,32 +81,30 @@ def test_a_nan_batch_does_not_poison_the_running_statistics():
     assert all(torch.isfinite(b).all() for b in problem.model.buffers())
 
 
-def test_parameters_overwritten_with_nan_are_restored():
-    problem = make("mlp", 60)
+def overwritten(steps, when):
+    """Trains while the first parameter is overwritten with NaN before the steps of `when`; the reports of those steps."""
+    problem, reports = make("mlp", steps), []
     optimizer = AdaptiveOptimizer(torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion)
     for i, (x, y) in enumerate(problem.batches):
-        if i == 40:
+        if i in when:
             with torch.no_grad():
                 next(problem.model.parameters()).fill_(math.nan)
         optimizer.zero_grad()
         problem.criterion(problem.model(x), y).backward()
         optimizer.step()
         assert all(torch.isfinite(p).all() for p in problem.model.parameters())
-        if i == 40:
-            assert "went back to the parameters of step 25" in optimizer.report.events[0].done
+        if i in when:
+            reports.append(optimizer.report)
+    return reports
+
+
+def test_parameters_overwritten_with_nan_are_restored():
+    (report,) = overwritten(60, {40})
+    assert "went back to the parameters of step 25" in report.events[0].done
 
 
 def test_parameters_are_restored_however_often_they_were_before():
-    problem = make("mlp", 120)
-    optimizer = AdaptiveOptimizer(torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion)
-    for i, (x, y) in enumerate(problem.batches):
-        if i >= 40 and i % 4 == 0:  # 20 times, more than the 8 returns that a stretch without calm has
-            with torch.no_grad():
-                next(problem.model.parameters()).fill_(math.nan)
-        optimizer.zero_grad()
-        problem.criterion(problem.model(x), y).backward()
-        optimizer.step()
-        assert all(torch.isfinite(p).all() for p in problem.model.parameters())
+    assert len(overwritten(120, range(40, 120, 4))) == 20  # more than the 8 returns that a stretch without calm has
 
 
 def test_rollback_never_loops_when_every_batch_is_broken():

@@ -28,7 +28,6 @@ class Damp:
 
     name = "damp"
     state = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction", "moved")  # of a checkpoint
-
     looks = False  # ahead, between readings
 
     @property

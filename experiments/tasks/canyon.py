@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .squares import LeastSquares
 
 
-class Canyon:
+class Canyon(LeastSquares):
     """loss = |W X - Y|^2 / 2N over (outputs, inputs) W, full batch; the Hessian's condition number is exactly kappa.
 
     `best_lr` is gradient descent's optimal constant step 2 / (lambda_max + lambda_min), for the tuned baseline.
@@ -28,24 +30,8 @@ class Canyon:
         spectrum = torch.logspace(0, -float(torch.log10(torch.tensor(kappa))), inputs, dtype=torch.float64)
         x = white @ torch.diag(spectrum.sqrt()) @ turn.T
         truth = torch.randn(outputs, inputs, generator=g, dtype=torch.float64)
-        self.x, self.y = x, x @ truth.T
         torch.manual_seed(seed)
-        self.model = nn.Linear(inputs, outputs, bias=False).double()
-        nn.init.zeros_(self.model.weight)
-        self.loss_fn = HalfSquares()
-        self.steps = steps
+        model = nn.Linear(inputs, outputs, bias=False).double()
+        nn.init.zeros_(model.weight)
+        super().__init__(model, x, x @ truth.T, steps)
         self.best_lr = 2.0 / (1.0 + 1.0 / kappa)  # lambda_max = 1 by construction
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return self.x, self.y
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        return {"loss": float(self.loss_fn(self.model(self.x), self.y))}
-
-
-class HalfSquares(nn.Module):
-    """|prediction - target|^2 / 2, mean over the samples."""
-
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return 0.5 * (prediction - target).square().sum(1).mean()

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .canyon import HalfSquares
+from .squares import LeastSquares
 
 
-class Factorisation:
+class Factorisation(LeastSquares):
     """Fit a matrix of rank `rank` by U V, full batch. start: standard deviation of the entries at the start."""
 
     def __init__(self, seed: int = 0, steps: int = 400, size: int = 256, rank: int = 5, start: float = 1e-4):
         g = torch.Generator().manual_seed(seed)
         u, v = torch.randn(size, rank, generator=g), torch.randn(rank, size, generator=g)
-        self.x, self.y = torch.eye(size), u @ v / size**0.5  # largest singular values near size**0.5
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(size, rank, bias=False), nn.Linear(rank, size, bias=False))
-        for p in self.model.parameters():
+        model = nn.Sequential(nn.Linear(size, rank, bias=False), nn.Linear(rank, size, bias=False))
+        for p in model.parameters():
             nn.init.normal_(p, std=start)
-        self.loss_fn: nn.Module = HalfSquares()
-        self.steps = steps
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return self.x, self.y
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        return {"loss": float(self.loss_fn(self.model(self.x), self.y))}
+        super().__init__(model, torch.eye(size), u @ v / size**0.5, steps)  # largest singular values near size**0.5

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adaptive_opt import checkpoint, verify
 from adaptive_opt.capture import Ambient, Capture
-from adaptive_opt.curvature import whole
+from adaptive_opt.curvature.vectors import on_host, total_norm
 from adaptive_opt.diagnosis import diagnose
 from adaptive_opt.gate import Gate
 from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, RunningStatistics, Snapshot
@@ -23,7 +23,7 @@ from adaptive_opt.interventions.base import copied
 from adaptive_opt.interventions.statistics import STANDS_OUT
 from adaptive_opt.layers import with_drift
 from adaptive_opt.memory import ProbeMemory
-from adaptive_opt.modes import Mode, StepContext, all_params
+from adaptive_opt.modes import Mode, StepContext
 from adaptive_opt.modes.base import overridden
 from adaptive_opt.notice import warn
 from adaptive_opt.objective import Objective, ReplayError
@@ -144,7 +144,7 @@ class Controller:
         )
         self.steps += 1
         self.gate.forget()
-        if self.probe.keep_time(self.steps, self.memory, all_params(self.base)[0].device) and not ctx.short:
+        if self.probe.keep_time(self.steps, self.memory, self._device) and not ctx.short:
             self.memory.price = self.team.first(self.memory.price)  # each process measured its own time
         return report
 
@@ -174,6 +174,11 @@ class Controller:
     def team(self) -> Team:
         """The processes that decide together; who never decides anything need not ask the others."""
         return ALONE if self.passive else self.gate.team
+
+    @property
+    def _device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(p for group in self.base.param_groups for p in group["params"]).device
 
     @property
     def _largest_lr(self) -> float:
@@ -228,18 +233,17 @@ class Controller:
 
     def _trend(self, ctx: StepContext, loss: Any, events: list[Event]) -> Trend:
         """The free signals, with one synchronisation of the host."""
-        grads = [p.grad for p in all_params(self.base) if p.grad is not None]
         moments = None
         if self.rollback is not None:
             self.statistics.attach(self.gate.model)  # the policy may be another than it was
             moments = self.statistics.look()
-        norm = whole(torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads]))
         value = loss if loss is not None else self.gate.loss()
-        parts = [norm.reshape(1)] + ([value.detach().reshape(-1)[:1]] if isinstance(value, Tensor) else [])
-        parts += [] if moments is None else [moments]
-        size, *rest = torch.cat([part.to(norm.device, torch.float32) for part in parts]).tolist()
-        value = rest.pop(0) if isinstance(value, Tensor) else None if value is None else float(value)
-        poison = self.statistics.judge(self.steps, rest) if moments is not None else None
+        numbers = [total_norm(ctx.given)]
+        numbers += [value.detach().reshape(-1)[:1]] if isinstance(value, Tensor) else []
+        numbers += [moments] if moments is not None else []
+        (size, *_), *rest = on_host(numbers)
+        value = rest.pop(0)[0] if isinstance(value, Tensor) else None if value is None else float(value)
+        poison = self.statistics.judge(self.steps, rest[0]) if moments is not None else None
         value, size, poison = self._agree(ctx, value, size, poison)
         unseen = value is None and self.gate.given is not None and self.gate.trusted
         due = self.steps < SAMPLE_EVERY or self.steps % SAMPLE_EVERY == 0
@@ -251,7 +255,7 @@ class Controller:
                 ctx.failure = error
                 self._failed(ctx, events)
         trend = self.signals.judge(self.steps, value, size, self._largest_lr)
-        return replace(trend, poison=poison) if trend.finite and not trend.spike else trend
+        return replace(trend, poison=poison) if poison is not None and trend.finite and not trend.spike else trend
 
     def _compared(self, trend: Trend, ctx: StepContext, events: list[Event]) -> Trend:
         """The trend, and whether one of the first batches was broken, which only the others show."""
@@ -262,7 +266,7 @@ class Controller:
             return trend
         found = rollback.first.look(self.steps, ctx, rollback.latest)
         self._failed(ctx, events)
-        return replace(trend, outlier=found)
+        return trend if found is None else replace(trend, outlier=found)
 
     def _agree(
         self, ctx: StepContext, loss: float | None, grad_norm: float, poison: Outlier | None
@@ -300,15 +304,17 @@ class Controller:
         """A reading, if the schedule wants one and the replay can be trusted."""
         if ctx.objective is None:
             return None
-        cheap, full = ctx.costs or self._costs(ctx.objective)
-        kind = self.probe.due(trend, self.memory, cheap, full, watchful=self._watchful, alarm=self.alarm, looks=self._looks)
+        asked = partial(self.probe.due, trend, self.memory, watchful=self._watchful, alarm=self.alarm, looks=self._looks)
         self.alarm = False
+        if ctx.costs is None and asked(*self.probe.least) is None:
+            return None  # whatever the size of the batch, which takes longer to ask for
+        kind = asked(*(ctx.costs or self._costs(ctx.objective)))
         stale = kind == "full" or self.gate.trusted is None or self.steps - self.last_trust >= TRUST_READING
         if kind is None or (stale and not self._trust(ctx, events)):
             return None
         layers_too = kind == "full" or self.first_layers is None
         try:
-            with self.memory.clock.measuring(all_params(self.base)[0].device):
+            with self.memory.clock.measuring(self._device):
                 return self._read(ctx.objective, ctx.mode, kind, layers=layers_too)
         except Exception as error:
             self._distrust(error, events)
@@ -322,7 +328,7 @@ class Controller:
         if clipped or not self.lr_scale > 0 or not self.probe.looks_ahead(self.steps, self.memory, FORWARD):
             return  # a clipped gradient is not the loss's slope
         try:
-            with self.memory.clock.measuring(all_params(self.base)[0].device):
+            with self.memory.clock.measuring(self._device):
                 seen = self.probe.look_ahead(ctx.objective, self.base, self.memory, self.steps, self.lr_scale)
         except Exception as error:
             self._distrust(error, events)

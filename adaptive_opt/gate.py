@@ -51,10 +51,12 @@ class Gate:
 
     def context(self, mode: Mode, closure: Callable[[], Any] | None = None, ambient: Ambient | None = None) -> StepContext:
         """What modes and interventions may use in this step; without an objective once the gate has refused."""
-        chosen = self._measurable()
-        params = [p for _, p in chosen]
-        objective = self._objective(closure, ambient, params) if self.trusted is not False and params else None
-        return StepContext(self.base, params, [i for i, _ in chosen], objective, mode, team=self.team)
+        every = all_params(self.base)
+        found = [(i, p, p.grad) for i, p in enumerate(every) if p.grad is not None]
+        chosen = [(i, p) for i, p, g in found if p.requires_grad and p.is_floating_point() and not (g is None or g.is_sparse)]
+        params, given = [p for _, p in chosen], [g for _, _, g in found if g is not None]
+        objective = self._objective(closure, ambient, params, every) if self.trusted is not False and params else None
+        return StepContext(self.base, params, [i for i, _ in chosen], objective, mode, team=self.team, given=given)
 
     def loss(self) -> Tensor | None:
         """The captured loss of this step, on the device."""
@@ -67,7 +69,9 @@ class Gate:
             if self.given is not None or self.capture.problem:
                 self.capture.calls.clear()
 
-    def _objective(self, closure: Callable[[], Any] | None, ambient: Ambient | None, params: list[Tensor]) -> Objective | None:
+    def _objective(
+        self, closure: Callable[[], Any] | None, ambient: Ambient | None, params: list[Tensor], bystanders: list[Tensor]
+    ) -> Objective | None:
         calls = self.capture.step_calls() if self.capture is not None else []
         modules = self.capture.modules if self.capture is not None else []
         ddp = self.capture.ddp if self.capture is not None else None
@@ -83,7 +87,7 @@ class Gate:
             source = Closure(closure, modules, ambient, ddp)
         else:
             return None
-        objective = Objective(source, params, all_params(self.base), self.team)
+        objective = Objective(source, params, bystanders, self.team)
         objective.clip_norm = self.clip_norm
         objective.loss_scale = self._loss_scale()
         return objective
@@ -149,7 +153,7 @@ class Gate:
             return refusals[0] if refusals else str(self.capture.problem)
         if not any(p.grad is not None for p in all_params(self.base)):
             return "no parameter has a gradient: run backward on a batch first"
-        if not self._measurable():
+        if not self._any_measurable():
             return f"no parameter has a dense, real gradient ({self.unmeasured()})"
         if self.capture is not None or self.given is not None:
             return (
@@ -165,7 +169,7 @@ class Gate:
         """Why this step's loss cannot be evaluated again, or None; None too when that was said already."""
         if self.trusted is False:
             return None
-        if any(p.grad is not None for p in all_params(self.base)) and not self._measurable():
+        if not self._any_measurable() and any(p.grad is not None for p in all_params(self.base)):
             return self.why_not()
         calls = self.capture.step_calls() if self.capture is not None else []
         captured = any(c.weighted for c in calls) and not any(c.refusal for c in calls)
@@ -182,10 +186,10 @@ class Gate:
         parts = [f"{sparse} with sparse gradients"] * bool(sparse) + [f"{odd} with complex values"] * bool(odd)
         return f"{' and '.join(parts)} of {len(grads)} parameters" if parts else ""
 
-    def _measurable(self) -> list[tuple[int, Tensor]]:
-        """Dense, real parameters with a gradient, and their positions among all."""
-        plain = [(i, p, p.grad) for i, p in enumerate(all_params(self.base)) if p.requires_grad and p.is_floating_point()]
-        return [(i, p) for i, p, g in plain if g is not None and not g.is_sparse]
+    def _any_measurable(self) -> bool:
+        """Whether a dense, real parameter has a gradient."""
+        params = (p for group in self.base.param_groups for p in group["params"] if p.grad is not None)
+        return any(p.requires_grad and p.is_floating_point() and not p.grad.is_sparse for p in params)
 
     def _captured_scale(self) -> float:
         """Sum of the weights that backward gave the captured losses: 1, or what a gradient scaler multiplied by."""

@@ -52,6 +52,8 @@ class RulePolicy:
 
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         mode, reason, expects = history.mode, "", None
+        if diagnosis.has(Condition.HEALTHY):  # alone, then, as in almost every step
+            return Decision(mode)
         chosen: list[tuple[str, str]] = []  # intervention, why
         taken = False  # what is not urgent is treated one at a time
         for rule in self.table:

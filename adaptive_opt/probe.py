@@ -92,6 +92,13 @@ class LanczosProbe(Schedule):
         if isinstance(self.layers, str) or not set(self.layers) <= set(KINDS):
             raise ValueError(f"LanczosProbe(layers={self.layers!r}): a tuple of kinds out of {', '.join(KINDS)}")
 
+    @property
+    def least(self) -> tuple[float, float]:
+        """What a cheap and a full reading cost at least, whatever the batch: a share is rounded to whole samples."""
+        f = 0.5 * self.fraction
+        product = PRODUCTS[self.backend or "exact"]
+        return f * (GRADIENT + 4 * product), f * (GRADIENT + (2 * self.num_steps + 1) * product)
+
     def costs(self, objective: Objective, memory: ProbeMemory, layers: bool) -> tuple[float, float]:
         """Gradient-equivalents of a cheap and of a full reading, before they are taken."""
         whole = memory.whole or self.every is not None

@@ -32,17 +32,18 @@ class Signals:
         """The Trend of a step that has not been taken yet; nothing but the largest learning rate is remembered."""
         self.peak = max(self.peak, lr)
         finite = all(x is None or math.isfinite(x) for x in (loss, grad_norm))
+        level = median(self.losses[-20:]) if self.losses else None
         return Trend(
             step=step,
             loss=loss,
             grad_norm=grad_norm,
-            usual_loss=median(self.losses[-20:]) if self.losses else None,
+            usual_loss=level,
             usual_grad_norm=median(self.norms[-20:]) if self.norms else None,
             finite=finite,
             spike=finite and self._spike(loss, grad_norm),
             stalled=lr >= TAIL * self.peak and self._stalled(),
             rising=loss is not None and self._rising(loss),
-            lost=self._lost(),
+            lost=self._lost(level),
         )
 
     def remember(self, trend: Trend) -> None:
@@ -93,14 +94,14 @@ class Signals:
             return False
         return math.sqrt(fmean((x - mean) ** 2 for x in recent)) <= STALL_NOISE * size
 
-    def _lost(self) -> float:
-        """Share of all progress that is gone again: 0 at the best level, 1 at the level of the start."""
-        if self.first_loss is None or self.best_loss is None or len(self.losses) < 20:
+    def _lost(self, level: float | None) -> float:
+        """Share of all progress that is gone again at the running median: 0 at the best level, 1 at that of the start."""
+        if level is None or self.first_loss is None or self.best_loss is None or len(self.losses) < 20:
             return 0.0
         gained = self.first_loss - self.best_loss
         if gained <= 0.2 * _size([self.first_loss, self.best_loss], self.first_loss):
             return 0.0
-        return (median(self.losses[-20:]) - self.best_loss) / gained
+        return (level - self.best_loss) / gained
 
     def state_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, list) else v for k, v in vars(self).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -29,13 +29,14 @@ class Stays:
         before = 0.0 if self._treatment_cost is None else self._treatment_cost
         self._treatment_cost = treatment_cost
         now = self.stays[-1]
-        now = replace(now, steps=now.steps + 1, spent=now.spent + 1 + treatment_cost - before)
+        levels = now.levels
         if loss is not None and math.isfinite(loss):
             self._chunk.append(loss)
         if len(self._chunk) == CHUNK:
-            now = replace(now, levels=(*now.levels[-LEVELS + 1 :], median(self._chunk)))
+            levels = (*levels[-LEVELS + 1 :], median(self._chunk))
             self._chunk = []
-        self.stays[-1] = now
+        spent = now.spent + 1 + treatment_cost - before
+        self.stays[-1] = Stay(now.mode, now.since, now.steps + 1, spent, levels)
 
     def state_dict(self) -> dict[str, Any]:
         stays = [{**asdict(stay), "levels": list(stay.levels)} for stay in self.stays]

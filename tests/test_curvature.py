@@ -24,6 +24,7 @@ from adaptive_opt.curvature import (
     trace_estimate,
     unflatten,
 )
+from adaptive_opt.curvature.vectors import on_host, total_norm
 
 ROUNDING = 1e-13  # of the products and of the dense eigenvalues, relative to the largest: some 50 n eps
 
@@ -242,3 +243,14 @@ def test_a_layer_that_passes_nothing_has_a_zero_spectrum():
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     dead = layer_spectrum(torch.relu(x - 100), x, torch.Generator().manual_seed(0))
     assert (dead.sigma_max, dead.sigma_rms, dead.sigma_rms_error) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_norm_of_many_tensors_is_torchs_own_bit_for_bit_and_all_numbers_come_with_one_look(device):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, device=device) for shape in [(7, 3), (5,), (), (2, 2, 2)]]
+    size = total_norm(tensors)
+    assert torch.equal(size, torch.nn.utils.get_total_norm(tensors).reshape(1))
+    sparse = torch.eye(3, device=device).to_sparse()
+    torch.testing.assert_close(total_norm([*tensors, sparse, sparse]), (size**2 + 6).sqrt())
+    assert on_host([size, tensors[1], tensors[2]]) == [size.tolist(), tensors[1].tolist(), [tensors[2].item()]]

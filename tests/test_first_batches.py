@@ -83,9 +83,10 @@ def test_three_batches_in_a_row_are_a_change_of_the_data():
     assert (run.norm.running_var > 1e3).all()
 
 
-def test_what_a_batch_brought_is_its_second_moment_about_the_running_mean():
+@pytest.mark.parametrize("momenta", [(0.3, None, 0.1), (0.2, 0.2, 0.2)], ids=["different", "alike"])
+def test_what_a_batch_brought_is_its_second_moment_about_the_running_mean(momenta):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(5, momentum=0.3), nn.BatchNorm1d(5, momentum=None), nn.BatchNorm1d(5, affine=False))
+    model = nn.Sequential(*(nn.BatchNorm1d(5, momentum=m, affine=i < 2) for i, m in enumerate(momenta)))
     statistics = RunningStatistics()
     statistics.attach(model)
     for _ in range(4):

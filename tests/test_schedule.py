@@ -100,3 +100,15 @@ def test_a_price_spaces_healthy_readings_out_and_spares_who_is_watched():
 def test_settings_that_make_no_sense_are_refused_in_the_callers_words(kwargs):
     with pytest.raises(ValueError, match=r"LanczosProbe\(" + next(iter(kwargs)) + "="):
         LanczosProbe(**kwargs)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 33, 64, 500])
+def test_what_a_reading_costs_at_least_is_less_than_what_it_costs_on_any_batch(batch):
+    problem = make("mlp", 1, batch=batch)
+    optimizer = AdaptiveOptimizer(AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion)
+    x, y = problem.batches[0]
+    problem.criterion(problem.model(x), y).backward()
+    control = optimizer.control
+    objective = control.gate.context(control.modes["base"]).objective
+    for least, cost in zip(control.probe.least, control.probe.costs(objective, control.memory, False), strict=True):
+        assert least <= cost

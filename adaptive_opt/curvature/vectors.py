@@ -1,6 +1,7 @@
 """Flat vectors: many tensors as one, and sums that keep their digits at any length."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -54,6 +55,24 @@ def norm(x: Tensor, total: Total | None = None) -> Tensor:
         return size if total is None else total(size * size).sqrt()
     square = dot(x, x)  # vector_norm widens one entry at a time there, which takes three times as long
     return (square if total is None else total(square)).sqrt()
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """(1,) Euclidean norm of all of them together, in their own precision, left on the device; sparse and sharded ones too."""
+    if tensors and all(type(t) is Tensor and t.is_cpu and not t.is_sparse for t in tensors):
+        norms = torch.stack([torch.linalg.vector_norm(t) for t in tensors])  # torch's own sorts them by device first
+        return torch.linalg.vector_norm(norms).reshape(1)
+    values = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    return whole(torch.nn.utils.get_total_norm(values)).reshape(1)
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The entries of each, in float32, with one synchronisation; all come by the device of the first."""
+    if all(t.is_cpu for t in tensors):
+        return [t.float().reshape(-1).tolist() for t in tensors]
+    flat = torch.cat([t.reshape(-1).to(tensors[0].device, torch.float32) for t in tensors]).tolist()
+    ends = [0, *accumulate(t.numel() for t in tensors)]
+    return [flat[a:b] for a, b in pairwise(ends)]
 
 
 def entries(x: Tensor, total: Total | None = None) -> int:

@@ -73,12 +73,12 @@ class RunningStatistics:
         if self._layer is None or 2 * len(self._layer) != len(now) or self._layer.device != now.device:
             sizes = torch.tensor([_buffer(layer, "running_mean").numel() for layer in self._layers], device=now.device)
             self._layer = torch.arange(len(sizes), device=now.device).repeat_interleave(sizes)
-        m = self._momenta(counts)
-        m = m.to(now)[self._layer] if isinstance(m, Tensor) else m
-        mean, var = now.chunk(2)
-        mean_kept, var_kept = self.kept.chunk(2)
-        batch_var, shift = (var - (1 - m) * var_kept) / m, (mean - mean_kept) / m
-        return now.new_zeros(len(self._layers)).index_add_(0, self._layer, batch_var.addcmul_(shift, shift))
+        m, moved = self._momenta(counts), now - self.kept
+        if isinstance(m, Tensor):
+            m, moved = 1.0, moved / m.to(now)[self._layer].repeat(2)
+        shift, var_shift = moved.chunk(2)
+        moments = self.kept.chunk(2)[1].add(var_shift, alpha=1 / m).addcmul_(shift, shift, value=1 / m**2)
+        return now.new_zeros(len(self._layers)).index_add_(0, self._layer, moments)
 
     def judge(self, step: int, moments: list[float]) -> Outlier | None:
         """The batch that stands out: this step's or, once five are seen, one of those. Three in a row are the data's own."""
@@ -140,12 +140,13 @@ class RunningStatistics:
 
     def _now(self) -> tuple[Tensor, Tensor]:
         """New tensors, on the device of the first layer."""
-        first = _buffer(self._layers[0], "running_mean")
         both = [_buffer(layer, name) for name in NAMES for layer in self._layers]
         counts = [layer._buffers.get("num_batches_tracked") for layer in self._layers]
-        return torch.cat([b.detach().to(first.device) for b in both]), torch.stack(
-            [torch.zeros((), dtype=torch.long, device=first.device) if c is None else c.to(first.device) for c in counts]
-        )
+        device = both[0].device
+        if any(b is None or b.device != device for b in (*both, *counts)):
+            both = [b.to(device) for b in both]
+            counts = [torch.zeros((), dtype=torch.long, device=device) if c is None else c.to(device) for c in counts]
+        return torch.cat(both), torch.stack([c for c in counts if c is not None])
 
     def _momenta(self, counts: Tensor) -> Tensor | float:
         """Weight of the batch in the running average, (layers,) or one for all; without momentum all batches count alike."""

@@ -29,6 +29,7 @@ class StepContext:
     costs: tuple[float, float] | None = None  # of a cheap and of a full reading, where several processes agreed on them
     short: bool = False  # a process has no batch left (Join): nothing that needs all of them can be done
     team: Team = ALONE  # the processes that take this step together
+    given: Sequence[Tensor] = ()  # every gradient of this step, sparse and complex ones too
 
     @property
     def grads(self) -> list[Tensor]:

@@ -14,7 +14,14 @@ from adaptive_opt.verify import Trial
 
 PLAIN = ("steps", "mode", "mode_since", "mode_is_treatment", "treatment_cost", "alarm", "last_trust", "said_untreated")
 COPIED = ("not_before", "failures", "kappas")
-PARTS = {"gate": "gate", "probe": "memory", "signals": "signals", "statistics": "statistics", "stays": "stays"}
+PARTS = {
+    "gate": "gate",
+    "probe": "memory",
+    "signals": "signals",
+    "statistics": "statistics",
+    "stays": "stays",
+    "validation": "validation",
+}
 
 
 def written(control: Any) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def read(control: Any, state: Mapping[str, Any]) -> None:
     control.reading = None if state["reading"] is None else Reading.from_dict(state["reading"])
     control.trial = Trial.from_state_dict(state["trial"])
     for name, part in PARTS.items():
-        if name in state:  # a checkpoint of before there were stays has none
+        if name in state:  # an older checkpoint has no stays, or no validation losses
             getattr(control, part).load_state_dict(state[name])
     for kind, mine in (("modes", control.modes), ("interventions", control.interventions)):
         for name in mine.keys() & state[kind].keys():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,15 +30,17 @@ from adaptive_opt.objective import Objective, ReplayError
 from adaptive_opt.parallel import ALONE, ProcessLost, Team
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
-from adaptive_opt.records import Decision, Event, History, LayerReading, Outlier, Reading, StepReport, Trend
+from adaptive_opt.records import Decision, Event, History, LayerReading, Look, Outlier, Reading, StepReport, Trend
 from adaptive_opt.signals import Signals
 from adaptive_opt.stays import Stays
+from adaptive_opt.validation import Validation
 from adaptive_opt.verify import MORE, Trial, Verdict
 
 SAMPLE_EVERY = (
     10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
 )
 MODE_TRIAL = 50  # steps that a mode is given to show its gain: as many as it is compared with
+LOOKS = 3  # at the validation loss in a trial that it decides
 TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, or a reading, asks the gate again
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 COOL_DOWN = 100  # steps before a treatment that was taken back may be tried again; doubled each time
@@ -58,6 +60,7 @@ class Controller:
     ):
         self.base, self.probe, self.policy, self.validate = base, probe, policy, validate
         self.modes, self.interventions = dict(modes), dict(interventions)
+        self.validation = Validation(reproducible=probe.price is not None or probe.every is not None)
         self.all_validate = True  # every process that trains with this one has a `validate` too
         self.gate = Gate(base)
         fitting = (name for name, mode in self.modes.items() if mode.refuses(base) is None)
@@ -113,7 +116,8 @@ class Controller:
             self._look_ahead(ctx, trend, events)
         fresh = self.reading is not None and self.steps - self.reading.step <= FRESH
         recent = self.reading if fresh else None
-        diagnosis = diagnose(trend, reading, self.kappas, self.first_layers, recent)
+        looks = self._look(ctx, sick or taken_back, events)
+        diagnosis = diagnose(trend, reading, self.kappas, self.first_layers, recent, looks)
         self._remember(reading, events)
         decision, instead = None, taken_back
         if not taken_back:
@@ -141,9 +145,12 @@ class Controller:
             events=tuple(events),
             probe_cost=self.memory.spent,
             treatment_cost=self.treatment_cost,
+            validation=looks[-1].validation if looks else None,
         )
         self.steps += 1
         self.gate.forget()
+        if self.validate is not None:
+            self.validation.clock.tick(self._device)
         if self.probe.keep_time(self.steps, self.memory, self._device) and not ctx.short:
             self.memory.price = self.team.first(self.memory.price)  # each process measured its own time
         return report
@@ -411,6 +418,40 @@ class Controller:
             if self.trial is not None and self.trial.name == "damp":
                 self.trial = None
 
+    def _look(self, ctx: StepContext, sick: bool, events: list[Event]) -> Sequence[Look] | None:
+        """All looks at the user's validation loss, in a step with a new one; None where there is no such loss."""
+        v = self.validation
+        if self.validate is None or not self.all_validate or self.probe.idle:
+            return None
+        if sick or ctx.short or not v.due(self.steps):
+            return ()
+        v.reprice(self.team.first(v.measured(self.steps)))  # each process measured its own time
+        if not v.due(self.steps):
+            return ()
+        samples = None if ctx.objective is None else ctx.objective.batch_size
+        try:
+            value, counted = self._ask(None if samples is None else samples / self.team.size)
+        except ProcessLost:
+            raise
+        except Exception as error:
+            self.validate = None
+            why = f"validate() raised {type(error).__name__}: {error}"
+            if self.team.rank == 0:
+                warn(f"adaptive_opt asks for no validation loss any more: {why}")
+            events.append(Event(self.steps, "validate", why, "asked for no more", "done"))
+            return None
+        ctx.cost += counted
+        v.remember(self.steps, value, counted, self.signals.losses)
+        return [v.looks[0], *v.since(self.mode_since)] if self.mode == "sam" else v.looks
+
+    def _ask(self, samples: float | None) -> tuple[float, float]:
+        """The processes' mean validation loss, and what it cost in gradient-equivalents. Leaves no trace in the run."""
+        validate = self.validate
+        assert validate is not None
+        ask = partial(self.validation.ask, validate, all_params(self.base), self.gate.model, samples)
+        value, counted = self.team.sums(self.team.together(ask))
+        return value / self.team.size, counted / self.team.size
+
     # ---- decide and act -----------------------------------------------------------------------------------------
 
     def _history(self) -> History:
@@ -491,19 +532,33 @@ class Controller:
     def _switch(self, decision: Decision, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
         """Into another mode, with a snapshot to come back to when the policy expects something of it."""
         wanted, old = decision.mode, self.mode
-        if wanted == old or wanted not in self.modes:
+        if wanted not in self.modes or (wanted == old and decision.expects is None):
             return
         if self.modes[wanted].needs_replay and not (self.gate.trusted or self._trust(ctx, events)):
             return
         on_trial = decision.expects is not None and wanted != "base"
         before = Snapshot.take(self.steps, ctx) if on_trial else None
-        self._enter(wanted, ctx, as_treatment=on_trial)
+        if wanted == old:
+            stronger: str | None = getattr(self.modes[old], "stronger", lambda: None)()
+            if stronger is None:
+                return
+            self.mode_since = self.steps
+            done = f"{old} with {stronger}"
+        else:
+            self._enter(wanted, ctx, as_treatment=on_trial)
+            done = f"switched from {old} to {wanted}"
         why = decision.reason or "the policy says so"
-        event = Event(self.steps, wanted, why, f"switched from {old} to {wanted}", "pending" if on_trial else "done")
+        event = Event(self.steps, wanted, why, done, "pending" if on_trial else "done")
         events.append(event)
         if on_trial:
-            until, losses = self.steps + MODE_TRIAL, self.signals.losses[-50:]
-            self.trial = Trial(wanted, event, until, trend.usual_loss, losses, before, self._validation())
+            looked = wanted == "sam" and self.validate is not None
+            until, losses = self.steps + self._trial_of(wanted), self.signals.losses[-50:]
+            shown = None if looked else self._validation()
+            self.trial = Trial(wanted, event, until, trend.usual_loss, losses, before, shown)
+
+    def _trial_of(self, mode: str) -> int:
+        """Steps: sam's needs looks at the validation loss."""
+        return max(MODE_TRIAL, LOOKS * self.validation.spacing + 1) if mode == "sam" else MODE_TRIAL
 
     def _enter(self, mode: str, ctx: StepContext, as_treatment: bool = False) -> None:
         self.modes[self.mode].exit(ctx)
@@ -526,8 +581,9 @@ class Controller:
             verdict = Verdict(True, "no verdict: the batch could not be evaluated again")
         kept, result = verdict.kept, verdict.result
         if kept is None and trial.longer < MORE:
-            self.trial = replace(trial, until=self.steps + MODE_TRIAL, longer=trial.longer + 1)
-            events.append(replace(trial.event, outcome="pending", result=f"{result}; {MODE_TRIAL} steps more"))
+            more = self._trial_of(trial.name)
+            self.trial = replace(trial, until=self.steps + more, longer=trial.longer + 1)
+            events.append(replace(trial.event, outcome="pending", result=f"{result}; {more} steps more"))
             return False
         if kept is None:
             result = f"{result}; no gain in {self.steps - trial.event.step} steps"
@@ -551,13 +607,19 @@ class Controller:
             return verify.with_and_without(ctx.objective, trial.before.values(self.base) if trial.before else {})
         losses = self.signals.losses if trend.loss is None else [*self.signals.losses, trend.loss]
         since = losses[-(self.steps - trial.event.step) :]
+        if trial.name == "sam" and self.validate is not None:
+            looks = self.validation.looks
+            before = [look for look in looks if look.step <= trial.event.step]
+            return verify.better_validation(before, self.validation.since(trial.event.step))
         if trial.name in self.modes:
             return verify.better_mode(trial, since, self._validation())
         return verify.lower_level(trial.level, since)
 
     def _take_back(self, trial: Trial, ctx: StepContext) -> bool:
         """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there."""
-        if trial.name in self.modes:
+        if trial.before is not None and trial.before.mode == trial.name:  # a larger dose of the same
+            self.modes[trial.name].load_state_dict(copied(trial.before.mode_state))
+        elif trial.name in self.modes:
             self._enter("base", ctx)
             if trial.level is not None and self.signals.losses and median(self.signals.losses[-10:]) <= trial.level:
                 return False
@@ -565,6 +627,7 @@ class Controller:
             return False
         self._restore(trial.before)
         self.statistics.restore()
+        self.validation.forget(trial.before.step)
         return True
 
     def _wait(self, name: str) -> None:
@@ -575,8 +638,9 @@ class Controller:
     def _validation(self) -> float | None:
         if self.validate is None or not self.all_validate:
             return None
-        validate = self.validate
-        return self.team.mean(self.team.together(lambda: float(validate())))
+        value, counted = self._ask(None)
+        self.treatment_cost += counted
+        return value
 
     # ---- checkpoint ---------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import StatisticsError, correlation, median
 
-from adaptive_opt.records import Condition, Diagnosis, Finding, LayerReading, Reading, Trend, chains
+from adaptive_opt.records import Condition, Diagnosis, Finding, LayerReading, Look, Reading, Trend, chains
+
+FEW = 3  # looks at the validation loss whose median is a level
+LEAST_GAIN = 0.1  # of the first validation loss: a run that starts well trained has gained little, and its noise stays
+ERRORS = 2.0  # standard errors that a slope must exceed to be seen
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Thresholds:
     overshoot: float = 2.0  # and this very step raises the quadratic model's loss, while the loss is seen to rise,
     overshoot_alone: float = 5.0  # or raises it so far that waiting for the loss would be too late
     sharp: float = 0.8  # of the stability limit
+    by_heart: float = 0.1  # of what the validation loss had gained is gone again, while the training loss falls ("validation")
     negative: float = 0.01  # |lambda_min| / epsilon, from which an eigenvalue counts as negative
     kappa_effective: float = 50.0  # median of the last three; char-GPT reads 12 to 20, all that gain from K-FAC more
     layer_band: float = 10.0  # a layer's sigma_rms outside [1/10, 10] ...
@@ -32,13 +37,16 @@ def diagnose(
     kappas: Sequence[float] = (),
     first_layers: Sequence[LayerReading] | None = None,
     recent: Reading | None = None,
+    looks: Sequence[Look] | None = None,
     thresholds: Thresholds = Thresholds(),
 ) -> Diagnosis:
     """Which conditions hold in this step, most urgent first.
 
     `reading` is this step's, or None when nothing was measured; `kappas` the last few effective condition numbers;
     `first_layers` the layers of the run's first reading (None: this is the first); `recent` the reading before, if it is
-    fresh: what it foresaw may have happened by now.
+    fresh: what it foresaw may have happened by now; `looks` the validation
+    losses in a step with a new one, none in another; None where there is no such loss. Where there is, it alone shows what is
+    sharp: many a healthy run stays at the edge of stability.
     """
     t = thresholds
     found: list[Finding] = []
@@ -64,6 +72,11 @@ def diagnose(
         found.append(unstable)
     if reading is not None:
         found += _of_reading(reading, trend, kappas, first_layers, t)
+    if reading is not None and looks is None:
+        found += _at_the_edge(reading, t)
+    learned = memorising(looks, t) if looks and proven else None
+    if learned is not None:
+        found.append(learned)
     if not found:
         found.append(Finding(Condition.HEALTHY, 0.0, 0.0, "nothing stands out"))
     return Diagnosis(trend.step, tuple(found))
@@ -85,11 +98,51 @@ def _of_reading(
         found.append(
             Finding(Condition.ILL_CONDITIONED, k, t.kappa_effective, f"kappa_effective is {k:.3g}, median of the last three")
         )
-    if r.stability is not None and t.sharp < r.stability <= t.unstable:
-        found.append(
-            Finding(Condition.SHARP, r.stability, t.sharp, f"training runs at {r.stability:.2g} of the stability limit")
-        )
     return found
+
+
+def _at_the_edge(r: Reading, t: Thresholds) -> list[Finding]:
+    if r.stability is None or not t.sharp < r.stability <= t.unstable:
+        return []
+    return [Finding(Condition.SHARP, r.stability, t.sharp, f"training runs at {r.stability:.2g} of the stability limit")]
+
+
+def memorising(looks: Sequence[Look], t: Thresholds = Thresholds()) -> Finding | None:
+    """What only validation shows: its loss rises from its lowest level while the training loss falls on.
+
+    Levels are medians of three looks. The rise since the lowest must be `by_heart` of all that validation had gained since the
+    first look, and seen: two standard errors of a line through the looks since then, as must the fall of the training loss.
+    """
+    first = looks[0].validation
+    seen = [look for look in looks if math.isfinite(look.validation) and look.training is not None]
+    if len(seen) < 2 * FEW or not math.isfinite(first):
+        return None
+    levels = [median(look.validation for look in seen[i : i + FEW]) for i in range(len(seen) - FEW + 1)]
+    low = min(range(len(levels)), key=levels.__getitem__)
+    since = seen[low:]
+    if len(since) < 2 * FEW:
+        return None
+    gained = max(first - levels[low], LEAST_GAIN * abs(first))
+    lost = (levels[-1] - levels[low]) / gained if gained > 0 else 0.0
+    rises, falls = (
+        _slope([look.step for look in since], [getattr(look, name) for look in since]) for name in ("validation", "training")
+    )
+    if lost <= t.by_heart or rises < ERRORS or falls > -ERRORS:
+        return None
+    sentence = (
+        f"learns by heart: since step {since[0].step} the validation loss rose from {levels[low]:.4g} to {levels[-1]:.4g}, "
+        f"{lost:.0%} of what it had gained, and the training loss fell from {since[0].training:.4g} to {since[-1].training:.4g}"
+    )
+    return Finding(Condition.SHARP, lost, t.by_heart, sentence)
+
+
+def _slope(steps: Sequence[int], values: Sequence[float]) -> float:
+    """Of a line through the values, in standard errors of itself."""
+    try:
+        r = correlation(steps, values)
+    except StatisticsError:  # they are all the same
+        return 0.0
+    return r * math.sqrt((len(steps) - 2) / max(1 - r * r, 1e-12))
 
 
 def _unstable(reading: Reading | None, recent: Reading | None, trend: Trend, t: Thresholds) -> Finding | None:

@@ -209,6 +209,13 @@ class ReplayError(RuntimeError):
 
 
 @contextmanager
+def without_trace(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """RNG, `.grad`, modes and buffers as they were, and no hook of ours hears what happens inside."""
+    with _put_back(params, modules), _unheard():
+        yield
+
+
+@contextmanager
 def _put_back(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
     """RNG, `.grad`, modes and buffers as they were, whatever happens inside. Modules met on the way are covered too."""
     device = params[0].device

@@ -44,8 +44,9 @@ class AdaptiveOptimizer(Optimizer):
     `step` is replayed. probe: what is measured and when. policy: what is done about it. modes, interventions: by name, in
     place of the defaults. step_size: "user", your learning rate, damped when it is unstable; "auto" (or an AutoStep with
     bounds), a learning rate from curvature, to which yours and its schedule give only the shape over time.
-    validate: a callable that returns a validation loss; SAM is tried only if it is given. sinks: called with every
-    StepReport; without any, what is treated is logged as warnings of the logger "adaptive_opt".
+    validate: a callable that returns a validation loss, asked now and then for 3 % of the training work; it leaves no trace in
+    the run (torch's random states, modes, buffers). SAM is tried only if it is given. sinks: called with every StepReport;
+    without any, what is treated is logged as warnings of the logger "adaptive_opt".
 
     Raises TypeError and ValueError that quote the call on arguments that cannot work.
     """

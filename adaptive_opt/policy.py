@@ -24,6 +24,7 @@ class Rule:
     expects: str
     switch: bool = False  # the treatment is a mode, not an intervention
     urgent: bool = False  # treated at once, also while something else is on trial
+    again: bool = False  # in that mode, it is given in a larger dose
     needs: str = ""  # "replay", "validate" or nothing
 
 
@@ -33,8 +34,9 @@ TABLE: tuple[Rule, ...] = (
     Rule(Condition.DRIFTING, "spectral", "loss after the trial"),  # before damp: the step's length is of the sick layers
     Rule(Condition.UNSTABLE, "damp", "loss falls", urgent=True),
     Rule(Condition.SADDLE, "escape", "loss on the next batch", needs="replay"),
+    # before kfac: what is learnt by heart shall not be learnt faster
+    Rule(Condition.SHARP, "sam", "the user's validation loss", switch=True, again=True, needs="validate"),
     Rule(Condition.ILL_CONDITIONED, "kfac", "progress a step", switch=True),
-    Rule(Condition.SHARP, "sam", "the user's validation loss", switch=True, needs="validate"),
 )
 
 
@@ -78,7 +80,8 @@ class RulePolicy:
             return True
         if history.trial is not None or history.step < history.not_before.get(rule.treatment, 0):
             return False
-        return not rule.switch or (history.mode == "base" and history.step - history.mode_since >= self.dwell)
+        fits = history.mode == "base" or (rule.again and history.mode == rule.treatment)
+        return not rule.switch or (fits and history.step - history.mode_since >= self.dwell)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,15 @@ class Trend:
 
 
 @dataclass(frozen=True)
+class Look:
+    """One look at the user's validation loss."""
+
+    step: int  # steps taken before it
+    validation: float
+    training: float | None  # the run's own loss then: median of its last ten steps
+
+
+@dataclass(frozen=True)
 class Decision:
     """What to do now. `expects` names the number that must improve for a change of mode to be kept."""
 
@@ -223,7 +232,8 @@ class StepReport:
     decision: Decision | None = None
     events: tuple[Event, ...] = ()
     probe_cost: float = 0.0  # gradient-equivalents spent on probing so far
-    treatment_cost: float = 0.0  # gradient-equivalents spent on replays by modes, treatments and verification so far
+    treatment_cost: float = 0.0  # and on replays by modes, treatments and verification, and on the validation loss
+    validation: float | None = None  # the user's validation loss, in a step that asked for it
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from adaptive_opt.interventions import Snapshot
 from adaptive_opt.objective import Objective
-from adaptive_opt.records import Event
+from adaptive_opt.records import Event, Look
 
 ERRORS = 2.0  # standard errors that a difference must exceed to count as one
 LEVEL = 10  # losses whose median is a level
 FEWEST = 10  # losses from which a slope has an error worth the name
+FEWEST_LOOKS = 4  # at the validation loss, through which a line has an error
 MORE = 2  # times that a mode's trial is made longer where it tells nothing
 
 
@@ -93,18 +94,38 @@ def faster_progress(before: Sequence[float], since: Sequence[float]) -> Verdict:
 
 
 def better_mode(trial: Trial, since: Sequence[float], validation: float | None) -> Verdict:
-    """A mode stays if it is not slower, and where the user shows a validation loss, only if that did not get worse.
-
-    SAM is slower on the training loss by its nature: the validation loss alone judges it.
-    """
+    """A mode stays if it is not slower, and where the user shows a validation loss, only if that did not get worse."""
     progress = faster_progress(trial.losses_before, since)
     if validation is None or trial.validation is None:
         return progress
     words = f"validation loss {trial.validation:.4g} -> {validation:.4g}"
     no_worse = validation <= trial.validation
-    if trial.name == "sam":
-        return Verdict(no_worse, words)
     return Verdict(progress.kept if no_worse else False, f"{progress.result}, {words}")
+
+
+def better_validation(before: Sequence[Look], since: Sequence[Look]) -> Verdict:
+    """The validation loss during a trial against the line through that of the same stretch before, drawn on.
+
+    SAM is slower on the training loss by its nature: the validation loss alone judges it. A line that falls is drawn on for
+    twice the steps: so many the base would have taken for SAM's gradients. One that rises is not, or standing still would be
+    a gain. Undecided where the difference is less than two standard errors.
+    """
+    if not before or not since:
+        return Verdict(None, "no looks at the validation loss to compare")
+    seen = fmean(look.validation for look in since)
+    if len(before) < FEWEST_LOOKS:  # no line yet
+        return Verdict(seen <= before[-1].validation, f"validation loss {before[-1].validation:.4g} -> {seen:.4g}")
+    before = before[-max(len(since), FEWEST_LOOKS) :]
+    x, y = [look.step for look in before], [look.validation for look in before]
+    middle, end = fmean(x), before[-1].step
+    b = float(linregress(x, y).slope)  # pyright: ignore[reportAttributeAccessIssue]
+    drawn_on = [look.step + (look.step - end if b < 0 else 0) for look in since]
+    expected = fmean(y) + b * (fmean(drawn_on) - middle)
+    scatter = math.sqrt(sum((v - fmean(y) - b * (s - middle)) ** 2 for s, v in zip(x, y, strict=True)) / (len(x) - 2))
+    spread = sum((s - middle) ** 2 for s in x)
+    error = scatter * math.sqrt(1 / len(since) + 1 / len(x) + (fmean(drawn_on) - middle) ** 2 / spread)
+    words = f"validation loss {seen:.4g} in the trial, {expected:.4g} +- {error:.2g} by the line through {len(x)} looks before"
+    return Verdict(None if abs(seen - expected) <= ERRORS * error else seen < expected, words)
 
 
 def with_and_without(objective: Objective | None, values_before: Mapping[int, Tensor]) -> Verdict:

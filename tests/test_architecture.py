@@ -34,6 +34,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "policy": {"records"},
     "policies": {"policy", "records"},
     "stays": {"records"},
+    "validation": {"capture", "clock", "objective", "probe", "records"},
     "verify": {"interventions", "objective", "records"},
     "gate": {"capture", "curvature", "modes", "objective", "parallel"},
     "modes": {"capture", "curvature", "family", "objective", "parallel", "records", "sharded"},
@@ -41,7 +42,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "checkpoint": {"interventions", "modes", "records", "sharded", "verify"},
     "controller": {
         "capture", "checkpoint", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice",
-        "objective", "parallel", "policy", "probe", "records", "signals", "stays", "verify",
+        "objective", "parallel", "policy", "probe", "records", "signals", "stays", "validation", "verify",
     },
     "optimizer": {
         "capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records", "sharded",

@@ -124,7 +124,8 @@ ABLE = History(step=200, can_replay=True, can_validate=True)
             ("rollback", "rollback", "spectral", "damp"),
         ),  # all that are urgent, and the first of the others
         ([Condition.DRIFTING, Condition.ILL_CONDITIONED, Condition.SHARP], ABLE, "base", ("spectral",)),
-        ([Condition.SHARP, Condition.ILL_CONDITIONED], ABLE, "kfac", ()),  # whatever the order of the findings
+        ([Condition.ILL_CONDITIONED, Condition.SHARP], ABLE, "sam", ()),  # whatever the order of the findings
+        ([Condition.SHARP], replace(ABLE, mode="sam"), "sam", ()),  # a larger dose
     ],
 )
 def test_the_table_decides(found, history, mode, interventions):

@@ -187,7 +187,7 @@ def test_a_mode_that_makes_it_worse_is_taken_back_and_waits_twice_as_long():
 
 def test_sam_is_tried_with_validate_and_taken_back_when_validation_gets_worse():
     task = Digits(steps=400)
-    values = iter(range(1000))
+    values = iter(x * x for x in range(1000))
     optimizer = wrap(
         task,
         torch.optim.SGD(task.model.parameters(), lr=0.02),
@@ -203,7 +203,7 @@ def test_sam_is_tried_with_validate_and_taken_back_when_validation_gets_worse():
 
 
 class SharpPolicy(RulePolicy):
-    """RulePolicy that takes every reading for sharp."""
+    """RulePolicy that takes every step for sharp."""
 
     def decide(self, diagnosis, history):
         sharp = Diagnosis(diagnosis.step, (Finding(Condition.SHARP, 1.0, 0.8, "sharp"),))

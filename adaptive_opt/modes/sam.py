@@ -14,6 +14,7 @@ from adaptive_opt.modes.base import BaseStep, Mode, StepContext
 from adaptive_opt.modes.kfac import KFAC
 from adaptive_opt.objective import moved
 
+DOSES = 4.0  # times rho at most: 0.04 of |w|; 0.05 from the first step stops learning (docs/evidence.md, "validation")
 ETA = 0.01  # ASAM's, added to |w| so that what is 0 can move (Kwon et al., 2021)
 
 
@@ -22,9 +23,9 @@ class SAM:
 
     rho: radius relative to the weights' norm; the absolute rho of the paper is rho * |w|. With label noise five times that
     is better still, on a 13-layer net half of it already hurts (docs/evidence.md, "modes"): sam belongs on trial, with
-    `validate=`. adaptive: ASAM's neighbourhood (Kwon et al., 2021), in which every weight moves in proportion to itself;
-    rho is then the paper's own, 0.5 to 2. every: only every k-th step climbs. inner: the mode that takes the step with
-    that gradient; None is the base's own step.
+    `validate=`, and `stronger` doubles the radius where that asks for it. adaptive: ASAM's neighbourhood (Kwon et al., 2021),
+    in which every weight moves in proportion to itself; rho is then the paper's own, 0.5 to 2. every: only every k-th step
+    climbs. inner: the mode that takes the step with that gradient; None is the base's own step.
 
     Weights, gradients, batch-norm statistics and random states are the very bits they were; dropout masks at the top are
     those of the user's own pass; a gradient longer than the user's clipping lets through is cut to that length.
@@ -39,6 +40,7 @@ class SAM:
         self.rho, self.every, self.adaptive = rho, every, adaptive
         self.inner: Mode = BaseStep() if inner is None else inner
         self.steps_as_base = self.inner.steps_as_base
+        self.dose = 1.0  # times rho: what `stronger` has made of it
         self._count = 0
 
     def refuses(self, base: Optimizer) -> str | None:
@@ -48,8 +50,15 @@ class SAM:
         self.inner.listen(model, base)
 
     def enter(self, ctx: StepContext) -> None:
-        self._count = 0
+        self._count, self.dose = 0, 1.0
         self.inner.enter(ctx)
+
+    def stronger(self) -> str | None:
+        """Twice the radius, until the mode is left: in words; None where it is as wide as it may be."""
+        if self.dose >= DOSES:
+            return None
+        self.dose *= 2
+        return f"rho {self.rho * self.dose / 2:.3g} -> {self.rho * self.dose:.3g}"
 
     def exit(self, ctx: StepContext) -> None:
         self.inner.exit(ctx)
@@ -93,17 +102,18 @@ class SAM:
 
     def _climb(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
         """(direction, length) of e(w) = rho |w| g / |g|; ASAM: rho T^2 g / |T g| with T = |w| + eta."""
+        rho = self.rho * self.dose
         if self.adaptive:
             T = [p.detach().abs() + ETA for p in params]
             Tg = [t * g for t, g in zip(T, grads, strict=True)]
-            return [t * s for t, s in zip(T, Tg, strict=True)], self.rho / max(float(_norm(Tg)), 1e-12)
-        return grads, self.rho * float(_norm(params)) / max(float(_norm(grads)), 1e-12)
+            return [t * s for t, s in zip(T, Tg, strict=True)], rho / max(float(_norm(Tg)), 1e-12)
+        return grads, rho * float(_norm(params)) / max(float(_norm(grads)), 1e-12)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self._count, "inner": self.inner.state_dict()}
+        return {"count": self._count, "dose": self.dose, "inner": self.inner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._count = state["count"]
+        self._count, self.dose = state["count"], state.get("dose", 1.0)
         self.inner.load_state_dict(state["inner"])
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from problems import BASES, make
 from ranks import Ranks
+from test_healing import SharpPolicy
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -519,6 +520,33 @@ def validated(everywhere):
 def test_validation_losses_are_averaged_and_asked_for_only_where_all_have_one(two):
     assert two.run(validated, True) == [(0.5, True)] * 2
     assert two.run(validated, False) == [(None, False)] * 2
+
+
+def judged_by_validation():
+    """sam on trial at step 50 by what the processes' own validation functions say; verdict at step 100."""
+    factor = [0.5, 1.5][dist.get_rank()] if several() else 1.0  # 1 on average
+    asked = []
+
+    def validate():
+        asked.append(run.optimizer.steps)
+        x, _ = run.problem.batches[0]
+        run.problem.model(mine(x))
+        return factor * (10 - 0.1 * len(asked) + 0.01 * (-1) ** len(asked))
+
+    run = Run("mlp", "sgd", 104, validate=validate, policy=SharpPolicy())
+    run.train()
+    words = [e.sentence() for r in run.reports for e in r.events if e.name == "sam"]
+    return asked, words, run.reports[-1].loss, [p.detach() for p in run.problem.model.parameters()]
+
+
+def test_sams_trial_by_validation_is_the_same_on_all(two):
+    asked, words, loss, _ = judged_by_validation()
+    (asked_a, words_a, loss_a, a), (asked_b, words_b, loss_b, b) = two.run(judged_by_validation)
+    assert asked == asked_a == asked_b == list(range(0, 104, 12))
+    assert words_a == words_b == words
+    assert any("-> reverted: validation loss" in line for line in words)  # it fell no faster, at twice the price
+    assert loss_a == loss_b == pytest.approx(loss, rel=1e-3)
+    assert all(map(torch.equal, a, b))
 
 
 def checked():

@@ -23,7 +23,7 @@ from adaptive_opt.interventions.base import copied
 from adaptive_opt.interventions.statistics import STANDS_OUT
 from adaptive_opt.layers import with_drift
 from adaptive_opt.memory import ProbeMemory
-from adaptive_opt.modes import Mode, StepContext
+from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.modes.base import overridden
 from adaptive_opt.notice import warn
 from adaptive_opt.objective import Objective, ReplayError

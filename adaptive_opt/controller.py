@@ -502,7 +502,7 @@ class Controller:
             if applied.skip:
                 self.statistics.restore()
             if applied.forget:
-                self.signals.forget()
+                self.signals.forget(but=None if applied.back_to is None else applied.back_to.step)
             if applied.moved:
                 self._moved(name, mode_then, ctx, events)
             if applied.skip or applied.moved:
@@ -605,8 +605,7 @@ class Controller:
         if trial.name == "escape":
             ctx.cost += 2 * FORWARD
             return verify.with_and_without(ctx.objective, trial.before.values(self.base) if trial.before else {})
-        losses = self.signals.losses if trend.loss is None else [*self.signals.losses, trend.loss]
-        since = losses[-(self.steps - trial.event.step) :]
+        since = self.signals.since(trial.event.step + 1) + ([] if trend.loss is None else [trend.loss])
         if trial.name == "sam" and self.validate is not None:
             looks = self.validation.looks
             before = [look for look in looks if look.step <= trial.event.step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from statistics import fmean, median
 from typing import Any
 
@@ -24,6 +25,8 @@ class Signals:
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.loss_steps: list[int] = []  # whose they are
+        self.norm_steps: list[int] = []
         self.first_loss: float | None = None  # median of the first ten
         self.best_loss: float | None = None  # lowest running median
         self.peak = 0.0  # the largest learning rate so far
@@ -50,6 +53,7 @@ class Signals:
         """Add a good step to the windows."""
         if trend.loss is not None:
             self.losses = [*self.losses[-WINDOW + 1 :], trend.loss]
+            self.loss_steps = [*self.loss_steps[-WINDOW + 1 :], trend.step]
             if len(self.losses) == 10 and self.first_loss is None:
                 self.first_loss = median(self.losses)
             if len(self.losses) >= 20:
@@ -57,12 +61,23 @@ class Signals:
                 self.best_loss = level if self.best_loss is None else min(self.best_loss, level)
         if trend.grad_norm is not None:
             self.norms = [*self.norms[-WINDOW + 1 :], trend.grad_norm]
+            self.norm_steps = [*self.norm_steps[-WINDOW + 1 :], trend.step]
 
-    def forget(self) -> None:
-        """The parameters have moved elsewhere: what was shown before says nothing about the level now."""
-        self.losses = []
-        self.norms = []
-        self.best_loss = None
+    def forget(self, but: int | None = None) -> None:
+        """The parameters have moved elsewhere: what was shown before says nothing about the level now.
+
+        but: they went back to where they were before the step `but` was taken: what was shown up to there still holds, or
+        the next broken batch would find nothing to stand out from.
+        """
+        last = -1 if but is None else but
+        losses, norms = bisect_right(self.loss_steps, last), bisect_right(self.norm_steps, last)
+        self.losses, self.loss_steps = self.losses[:losses], self.loss_steps[:losses]
+        self.norms, self.norm_steps = self.norms[:norms], self.norm_steps[:norms]
+        self.best_loss = median(self.losses[-20:]) if len(self.losses) >= 20 else None
+
+    def since(self, step: int) -> list[float]:
+        """The losses of this step and later."""
+        return self.losses[bisect_left(self.loss_steps, step) :]
 
     def _spike(self, loss: float | None, grad_norm: float | None) -> bool:
         if grad_norm is None or len(self.norms) < LEARNED or grad_norm <= JUMP_GRAD * max(self.norms):

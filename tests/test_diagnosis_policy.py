@@ -177,6 +177,16 @@ def test_lost_progress_is_measured_against_the_progress_made():
     assert fed([2.0] * 60).judge(60, 2.0, 1.0).lost == 0.0
 
 
+def test_after_a_return_what_was_shown_before_the_snapshot_still_tells_a_broken_batch():
+    signals = fed([1.0] * 30 + [50.0] * 5, [1.0] * 30 + [200.0] * 5)  # a stretch that the run went back from
+    assert not signals.judge(35, 100.0, 10 * JUMP_GRAD).spike
+    signals.forget(but=24)
+    assert signals.losses == signals.norms == [1.0] * 25
+    assert signals.judge(36, 100.0, 10 * JUMP_GRAD).spike
+    signals.forget()
+    assert not signals.judge(36, 100.0, 10 * JUMP_GRAD).spike
+
+
 def test_signals_go_on_from_a_checkpoint():
     signals, other = fed([1.0, 0.9, 0.8] * 10), Signals()
     other.load_state_dict(signals.state_dict())

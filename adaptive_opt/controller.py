@@ -225,6 +225,10 @@ class Controller:
         rollback = self.rollback
         if rollback is not None:
             rollback.keep(self.steps, trend, ctx)
+            done = rollback.hold(self.steps, trend, ctx)
+            if done is not None:
+                seen = "a signal that keeps its size over a long sequence meets cliffs"
+                events.append(Event(self.steps, "spectral", seen, done, "done"))
         held = overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale) if self.lr_scale != 1 else nullcontext()
         with held:
             ctx.mode.step(ctx)
@@ -503,6 +507,8 @@ class Controller:
                 self.statistics.restore()
             if applied.forget:
                 self.signals.forget(but=None if applied.back_to is None else applied.back_to.step)
+            if applied.cliffs and self.rollback is not None:
+                self.rollback.expect_cliffs()
             if applied.moved:
                 self._moved(name, mode_then, ctx, events)
             if applied.skip or applied.moved:

@@ -11,11 +11,15 @@ from adaptive_opt.records import Trend
 
 WINDOW = 200  # good steps that "what this run has shown" looks back on
 LEARNED = 5  # good steps before anything can stand out
-JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window; docs/evidence.md, "broken steps"
+JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window, which fades; docs/evidence.md, "broken steps"
+FADE = 0.98  # what is left of it after a good step: an unstable stretch must not hide a broken batch for 200 steps
 RISE = 1.5  # times the running median, by the median of the last five
 GAIN = 0.1  # of the first loss: less gain than that after ten steps counts as none
 STALL = 40  # observed losses over which progress is judged
 STALL_GAIN, STALL_NOISE = 0.01, 0.1  # relative to the loss: less gain than that, and quieter than that
+GAINED, LITTLE = 0.2, 0.1  # of the first loss: progress of which half may be lost, or all
+LOST_ERRORS = 4.0  # standard errors of a level; docs/evidence.md, "broken steps"
+MEDIAN_ERROR = 1.2533 * 1.4826  # of a median, times root n, in median absolute deviations, for Gaussian losses
 TAIL = 0.1  # of the largest learning rate: a schedule that ends there stands still by its own will
 
 
@@ -80,10 +84,14 @@ class Signals:
         return self.losses[bisect_left(self.loss_steps, step) :]
 
     def _spike(self, loss: float | None, grad_norm: float | None) -> bool:
-        if grad_norm is None or len(self.norms) < LEARNED or grad_norm <= JUMP_GRAD * max(self.norms):
+        if grad_norm is None or len(self.norms) < LEARNED or grad_norm <= JUMP_GRAD * self.norms[-1]:
+            return False
+        if grad_norm <= JUMP_GRAD * _faded(self.norms):
             return False
         if loss is None or len(self.losses) < LEARNED:
             return True
+        if min(self.losses) > 0:
+            return loss > JUMP_LOSS * _faded(self.losses)
         most = max(self.losses)
         return loss > most + (JUMP_LOSS - 1) * _size(self.losses, most)
 
@@ -110,19 +118,34 @@ class Signals:
         return math.sqrt(fmean((x - mean) ** 2 for x in recent)) <= STALL_NOISE * size
 
     def _lost(self, level: float | None) -> float:
-        """Share of all progress that is gone again at the running median: 0 at the best level, 1 at that of the start."""
+        """Share of all progress that is gone again at the running median: 0 at the best level, 1 at that of the start.
+
+        Within the noise nothing is lost. Little progress counts only where the loss is above its start again.
+        """
         if level is None or self.first_loss is None or self.best_loss is None or len(self.losses) < 20:
             return 0.0
-        gained = self.first_loss - self.best_loss
-        if gained <= 0.2 * _size([self.first_loss, self.best_loss], self.first_loss):
+        gained, size = self.first_loss - self.best_loss, _size([self.first_loss, self.best_loss], self.first_loss)
+        if gained <= LITTLE * size or level == self.best_loss:
             return 0.0
-        return (level - self.best_loss) / gained
+        lost, recent = (level - self.best_loss) / gained, self.losses[-20:]
+        if gained <= GAINED * size and lost <= 1:
+            return 0.0
+        error = MEDIAN_ERROR * median(abs(x - level) for x in recent) / math.sqrt(len(recent))
+        return lost if level - self.best_loss > LOST_ERRORS * error else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, list) else v for k, v in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})
+
+
+def _faded(values: list[float]) -> float:
+    """The largest of them, the older the less: the last one counts whole."""
+    most = 0.0
+    for value in values:
+        most = max(FADE * most, value)
+    return most
 
 
 def _size(losses: list[float], level: float) -> float:

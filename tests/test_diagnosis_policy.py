@@ -177,6 +177,20 @@ def test_lost_progress_is_measured_against_the_progress_made():
     assert fed([2.0] * 60).judge(60, 2.0, 1.0).lost == 0.0
 
 
+def test_an_unstable_stretch_hides_no_broken_batch_for_long():
+    norms = [1.0] * 30 + [300.0] * 5 + [1.0] * 200
+    assert not fed([1.0] * 36, norms[:36]).judge(36, 100.0, 1000.0).spike
+    assert fed([1.0] * 110, norms[:110]).judge(110, 100.0, 1000.0).spike
+
+
+def test_progress_within_the_noise_is_not_lost_and_little_progress_only_above_the_start():
+    noisy = [2.0, 3.0] * 10 + [0.6, 2.6] * 20 + [1.0, 3.0] * 10
+    assert fed(noisy).judge(80, 1.0, 1.0).lost == 0.0
+    little = [2.0] * 10 + [1.7] * 30
+    assert fed([*little, *[1.9] * 20]).judge(60, 1.9, 1.0).lost == 0.0
+    assert fed([*little, *[2.2] * 20]).judge(60, 2.2, 1.0).lost == pytest.approx(0.5 / 0.3)
+
+
 def test_after_a_return_what_was_shown_before_the_snapshot_still_tells_a_broken_batch():
     signals = fed([1.0] * 30 + [50.0] * 5, [1.0] * 30 + [200.0] * 5)  # a stretch that the run went back from
     assert not signals.judge(35, 100.0, 10 * JUMP_GRAD).spike

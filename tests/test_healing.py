@@ -16,6 +16,7 @@ from experiments.loop import train
 from experiments.tasks.canyon import Canyon
 from experiments.tasks.digits import Digits
 from experiments.tasks.saddle import Saddle
+from experiments.tasks.sequence import Sequence
 
 
 def wrap(task, base, **kwargs):
@@ -105,6 +106,37 @@ def test_parameters_overwritten_with_nan_are_restored():
 
 def test_parameters_are_restored_however_often_they_were_before():
     assert len(overwritten(120, range(40, 120, 4))) == 20  # more than the 8 returns that a stretch without calm has
+
+
+def test_after_a_return_gradients_are_clipped_until_none_was_longer_for_a_while():
+    problem, lengths = make("mlp", 320), []
+    base = torch.optim.SGD(problem.model.parameters(), lr=0.01)
+    optimizer = AdaptiveOptimizer(base, problem.model, loss_fn=problem.criterion)
+    base.register_step_pre_hook(lambda *_: lengths.append(float(torch.nn.utils.get_total_norm(grads(problem.model)))))
+    rollback, clip = optimizer.control.interventions["rollback"], 0.0
+    for i, (x, y) in enumerate(problem.batches):
+        if i == 40:
+            with torch.no_grad():
+                next(problem.model.parameters()).fill_(math.nan)
+        optimizer.zero_grad()
+        loss = problem.criterion(problem.model(x), y)
+        (loss * (20.0 if i == 60 else 1.0)).backward()  # its loss is hidden: nothing else sees this gradient jump
+        optimizer.step()
+        clip = rollback.clip if i == 50 else clip
+    assert clip > max(lengths[25:40])
+    assert lengths[59] == pytest.approx(clip, rel=1e-5)  # step 40 was not taken
+    assert rollback.clip is None  # 200 steps later
+
+
+def grads(model):
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_a_vanilla_rnn_learns_what_it_saw_first():
+    task = Sequence(steps=150)
+    outcome = train(task, wrap(task, torch.optim.SGD(task.model.parameters(), lr=0.02, momentum=0.9)))
+    assert outcome.metrics["test_accuracy"] > 60
+    assert any("clipping gradients at" in line for line in outcome.treatments)
 
 
 def test_rollback_never_loops_when_every_batch_is_broken():

@@ -73,9 +73,9 @@ def test_a_vanilla_rnns_matrix_is_met_once_an_element():
         assert r.sigma_rms == pytest.approx(float(W.norm()) / 4, rel=1e-5)  # |W|_F / sqrt(16)
 
 
-def repaired(model, x, seen_something):
-    """The model after a repair, and its optimizer; Adam has taken a step before."""
-    base = torch.optim.Adam(model.parameters(), lr=0.0)
+def repaired(model, x, seen_something, kind=torch.optim.Adam):
+    """The model after a repair, and its optimizer, which has taken a step before."""
+    base = kind(model.parameters(), lr=0.0)
     model(x).square().mean().backward()
     base.step()
     params = list(model.parameters())
@@ -117,7 +117,7 @@ def test_a_chain_that_explodes_is_brought_to_one_and_keeps_its_argmax():
     model, x = deep(all_=3.0), torch.randn(64, 32)
     before = model(x).detach()
     _, applied = repaired(model, x, seen_something=True)
-    assert "to 1" in applied.done
+    assert "to 1, each by its shape" in applied.done
     after = model(x).detach()
     assert torch.equal(after.argmax(1), before.argmax(1))
     ratio = after / before
@@ -128,6 +128,58 @@ def test_a_chain_that_explodes_is_brought_to_one_and_keeps_its_argmax():
 def test_before_the_first_step_there_is_no_function_to_be_kept():
     _, applied = repaired(deep(one=30.0), torch.randn(64, 32), seen_something=False)
     assert "to 1" in applied.done
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_two_tiny_layers_become_equally_large_unless_the_base_divides_by_its_gradients_size(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(linear(64, 4), linear(4, 64))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.normal_(std=1e-3)
+    _, applied = repaired(model, torch.randn(16, 64), False, kind)
+    assert (applied is None) == (kind is torch.optim.Adam)
+    if applied is not None:
+        first, second = measured(model, torch.randn(16, 64))
+        assert first.sigma_rms * second.sigma_rms == pytest.approx(1, rel=0.2)  # the signal keeps its size
+        first, second = (float(layer.weight.detach().norm()) for layer in model)
+        assert first == pytest.approx(second, rel=0.1)
+
+
+class LastState(nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn, self.head = rnn, linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("seen_something", [False, True])
+def test_a_recurrent_matrix_becomes_the_next_orthogonal_one_and_later_is_only_multiplied(seen_something):
+    torch.manual_seed(0)
+    model = LastState(nn.RNN(3, 16, batch_first=True))
+    W = model.rnn.weight_hh_l0
+    before = W.detach().clone()
+    _, applied = repaired(model, torch.randn(5, 12, 3), seen_something, torch.optim.SGD)
+    assert applied.cliffs  # and SGD's steps are as long as the gradients
+    u, s, vh = torch.linalg.svd(before)
+    wanted = before / s.square().mean().sqrt() if seen_something else u @ vh
+    torch.testing.assert_close(W.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_singular_value_that_stands_out_is_clipped_to_the_largest_of_the_others():
+    model, x = deep(), torch.randn(64, 32)
+    healthy = model[4].weight.detach().clone()
+    u, s, vh = torch.linalg.svd(healthy)
+    with torch.no_grad():
+        model[4].weight.add_(100 * s[0] * torch.outer(u[:, 0], vh[0]))
+    _, applied = repaired(model, x, seen_something=False)
+    assert "outlying singular values clipped in 1" in applied.done
+    now = torch.linalg.svdvals(model[4].weight.detach())
+    assert float(now[0] / now[1]) == pytest.approx(1)
+    torch.testing.assert_close(now[1:] / now[1], s[1:] / s[1], rtol=1e-3, atol=1e-3)
+    assert all(abs(math.log(r.sigma_rms)) < 0.5 for r in measured(model, x))
 
 
 def test_a_tanh_net_has_no_scale_to_pass_on_and_its_biases_stay():

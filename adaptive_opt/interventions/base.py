@@ -38,6 +38,7 @@ class Applied:
     moved: bool = False  # the parameters jumped: this batch's gradients belong to where they were
     back_to: Snapshot | None = None  # restore this
     forget: bool = False  # what the losses have been says nothing any more
+    cliffs: bool = False  # rollback holds the gradient's norm from here on
     trial: int = 0  # steps until the verdict; 0: nothing to wait for
     before: Snapshot | None = None  # the way back
 
@@ -51,13 +52,15 @@ class Snapshot:
     state: dict[int, dict[str, Any]] = field(default_factory=dict)  # index of the parameter -> its state
     mode: str = "base"  # whose basis the state is in
     mode_state: dict[str, Any] = field(default_factory=dict)
+    usual_norm: float | None = None  # the gradient's then, if it was known
 
     @classmethod
     @torch.no_grad()
-    def take(cls, step: int, ctx: StepContext) -> Snapshot:
+    def take(cls, step: int, ctx: StepContext, usual_norm: float | None = None) -> Snapshot:
         params = all_params(ctx.base)
         state = {i: copied(ctx.base.state[p]) for i, p in enumerate(params) if p in ctx.base.state}
-        return cls(step, [p.detach().clone() for p in params], state, ctx.mode.name, copied(ctx.mode.state_dict()))
+        values, mode = [p.detach().clone() for p in params], ctx.mode
+        return cls(step, values, state, mode.name, copied(mode.state_dict()), usual_norm)
 
     @torch.no_grad()
     def restore(self, base: Optimizer) -> None:

@@ -1,7 +1,8 @@
-"""Skip a broken step; after a blow-up go back to the last good parameters and take shorter steps for a while."""
+"""Skip a broken step; after a blow-up go back to the last good parameters, and take shorter steps for a while."""
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from adaptive_opt.records import Outlier, Trend
 
 BETTER = 0.9  # of the loss here: going back must be worth it
 CALM = 200  # good steps after which earlier returns are forgotten
+USUAL = 10  # norms whose median is the usual one
+CLIP = 4.0  # times the usual gradient norm; docs/evidence.md, "layers"
 
 
 class Rollback:
@@ -21,9 +24,11 @@ class Rollback:
 
     every: good steps between snapshots. patience: bad steps in a row that are blamed on the batch; after that the
     parameters are. shrink: factor on the step for each return without a calm stretch since; the step grows back by 2 % a
-    good step, slower after each return. most: returns without a calm stretch; after them it only skips what is not
-    finite, so that it never loops, and still restores parameters that are not finite. Two snapshots at most are kept (the
-    latest and the best); each costs the size of the parameters and the base's state, on their device.
+    good step, slower after each return. After a return gradients are clipped at four times the norm that was usual at the
+    snapshot (Pascanu et al., 2013), until none has been longer for 200 steps. most: returns without a calm stretch; after
+    them it only skips what is not finite, so that it never loops, and still restores parameters that are not finite. Two
+    snapshots at most are kept (the latest and the best); each costs the size of the parameters and the base's state, on
+    their device.
     """
 
     name = "rollback"
@@ -39,6 +44,9 @@ class Rollback:
         self.good = 0  # good steps since the last return
         self.returns = 0  # returns without a calm stretch between them
         self.scale = 1.0
+        self.clip: float | None = None  # gradient norm at most, since a return
+        self.clipped = 0  # step at which it last was more
+        self.learned: list[float] | None = None  # norms of which the usual one is to be learned
         self.first = FirstBatches()
 
     def apply(self, patient: Patient) -> Applied | None:
@@ -65,6 +73,9 @@ class Rollback:
         self.good, self.bad = 0, 0
         self.scale = self.shrink**self.returns
         done = f"went back to the parameters of step {target.step}, steps shortened to {self.scale:.3g}"
+        if target.usual_norm is not None:
+            self.clip, self.clipped = CLIP * target.usual_norm, trend.step
+            done += f", gradients clipped at {self.clip:.3g}"
         return Applied(done, skip=True, moved=True, back_to=target, forget=True, trial=20)
 
     def _without(self, outlier: Outlier, trend: Trend) -> Applied | None:
@@ -75,6 +86,29 @@ class Rollback:
             return None
         done = f"went back to the parameters of step {self.latest.step}"
         return Applied(done, skip=True, moved=True, back_to=self.latest, forget=True)
+
+    def expect_cliffs(self) -> None:
+        """From here on gradients are held near the norm that is usual in the steps to come."""
+        self.clip, self.learned = None, []
+
+    def hold(self, step: int, trend: Trend, ctx: StepContext) -> str | None:
+        """The gradients of this step, no longer than they may be; what was done, when that is news."""
+        if trend.grad_norm is None:
+            return None
+        done = None
+        if self.learned is not None:
+            self.learned.append(trend.grad_norm)
+            if len(self.learned) == USUAL:
+                self.clip, self.clipped, self.learned = CLIP * median(self.learned), step, None
+                done = f"clipping gradients at {self.clip:.3g}, {CLIP:g} times their usual norm"
+        if self.clip is not None and trend.grad_norm > self.clip:
+            self.clipped = step
+            for p in all_params(ctx.base):
+                if p.grad is not None:
+                    p.grad.mul_(self.clip / trend.grad_norm)
+        elif step - self.clipped >= CALM:
+            self.clip = None
+        return done
 
     def good_step(self) -> None:
         """A step went well: count it and let the step size return."""
@@ -93,7 +127,7 @@ class Rollback:
         compared = self.best_level if fresh else level
         if compared is not None and trend.loss is not None and trend.loss - compared > abs(compared):
             return
-        self.latest = Snapshot.take(step, ctx)
+        self.latest = Snapshot.take(step, ctx, trend.usual_grad_norm)
         if trend.usual_grad_norm is None:  # nothing was seen yet
             self.first.begin(step, ctx)
         if level is None or self.best_level is None or level <= self.best_level:
@@ -127,6 +161,9 @@ class Rollback:
             "good": self.good,
             "returns": self.returns,
             "scale": self.scale,
+            "clip": self.clip,
+            "clipped": self.clipped,
+            "learned": None if self.learned is None else list(self.learned),
             "first": self.first.state_dict(),
         }
 
@@ -135,4 +172,5 @@ class Rollback:
         self.best = self.latest if state["shared"] else Snapshot.from_state_dict(state["best"])
         self.best_level, self.bad, self.good = state["best_level"], state["bad"], state["good"]
         self.returns, self.scale = state["returns"], state["scale"]
+        self.clip, self.clipped, self.learned = state["clip"], state["clipped"], state["learned"]
         self.first.load_state_dict(state["first"])

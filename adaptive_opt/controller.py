@@ -125,6 +125,7 @@ class Controller:
             self._say_untreated(trend, decision, events)
             patient = Patient(ctx, trend, reading, recent, self.memory.bottom, self.memory.below, self.gate.model)
             instead = self._act(decision, patient, events)
+        if decision is not None and not instead:  # what a return has thrown out does not come back by the same decision
             self._switch(decision, ctx, trend, events)
         if not instead:
             self._take_step(ctx, trend, events)
@@ -544,15 +545,16 @@ class Controller:
             return
         on_trial = decision.expects is not None and wanted != "base"
         before = Snapshot.take(self.steps, ctx) if on_trial else None
-        if wanted == old:
-            stronger: str | None = getattr(self.modes[old], "stronger", lambda: None)()
-            if stronger is None:
-                return
-            self.mode_since = self.steps
-            done = f"{old} with {stronger}"
-        else:
+        done = f"switched from {old} to {wanted}"
+        stronger: Callable[[], str | None] = getattr(self.modes[wanted], "stronger", lambda: None)
+        if wanted != old:
             self._enter(wanted, ctx, as_treatment=on_trial)
-            done = f"switched from {old} to {wanted}"
+            if on_trial and wanted not in self.failures and (words := stronger()) is not None:  # see sam.py, DOSES
+                done = f"{done}, {words}"
+        elif (words := stronger()) is not None:
+            self.mode_since, done = self.steps, f"{wanted} with {words}"
+        else:
+            return
         why = decision.reason or "the policy says so"
         event = Event(self.steps, wanted, why, done, "pending" if on_trial else "done")
         events.append(event)
@@ -561,6 +563,8 @@ class Controller:
             until, losses = self.steps + self._trial_of(wanted), self.signals.losses[-50:]
             shown = None if looked else self._validation()
             self.trial = Trial(wanted, event, until, trend.usual_loss, losses, before, shown)
+            if looked:
+                self.signals.forget()  # what was learnt by heart shall be lost: lost progress counts from here
 
     def _trial_of(self, mode: str) -> int:
         """Steps: sam's needs looks at the validation loss."""

@@ -234,6 +234,24 @@ def test_sam_is_tried_with_validate_and_taken_back_when_validation_gets_worse():
     assert optimizer.control.mode == "base"
 
 
+def test_a_mode_in_which_the_run_breaks_is_left_and_not_entered_again_by_the_same_decision():
+    problem = make("mlp", 90)
+    optimizer = AdaptiveOptimizer(
+        torch.optim.AdamW(problem.model.parameters()), problem.model, loss_fn=problem.criterion, policy=Eager()
+    )
+    modes = []
+    for i, (x, y) in enumerate(problem.batches):
+        if i == 80:
+            with torch.no_grad():
+                next(problem.model.parameters()).fill_(math.nan)
+        optimizer.zero_grad()
+        problem.criterion(problem.model(x), y).backward()
+        optimizer.step()
+        modes.append(optimizer.report.mode)
+    assert modes[79] == "kfac"  # on trial since step 60
+    assert set(modes[80:]) == {"base"}
+
+
 class SharpPolicy(RulePolicy):
     """RulePolicy that takes every step for sharp."""
 

@@ -14,7 +14,8 @@ from adaptive_opt.modes.base import BaseStep, Mode, StepContext
 from adaptive_opt.modes.kfac import KFAC
 from adaptive_opt.objective import moved
 
-DOSES = 4.0  # times rho at most: 0.04 of |w|; 0.05 from the first step stops learning (docs/evidence.md, "validation")
+DOSES = 4.0  # times rho at most: 0.02 of |w| is where a trial begins, 0.04 where it may end; 0.05 from the first step
+# stops learning (docs/evidence.md, "validation")
 ETA = 0.01  # ASAM's, added to |w| so that what is 0 can move (Kwon et al., 2021)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from .tasks.base import Task
+from .tasks.base import Task, loss_of
 
 
 @dataclass
@@ -118,7 +118,7 @@ class GeN(Optimizer):
                 lr_parabola(
                     self.task.model,
                     self.base,
-                    criterion=self.task.loss_fn,
+                    criterion=lambda out, y: self._criterion(batch[0], out, y),
                     tr_iter=iter([batch]),
                     device=str(batch[0].device),
                     task="image_cls",  # a batch of two: inputs and targets
@@ -126,6 +126,12 @@ class GeN(Optimizer):
                     lr_factor=[-1, 0, 1],
                 )
         self.base.step()
+
+    def _criterion(self, x: Tensor, out: Tensor, y: Tensor) -> Tensor:
+        if not hasattr(self.task, "objective"):
+            return self.task.loss_fn(out, y)
+        with torch.enable_grad():  # a physics-informed net differentiates its own outputs
+            return loss_of(self.task, x, y).detach()
 
 
 def gen_adamw(task: Task, steps: int) -> Peer:
@@ -154,11 +160,11 @@ PEERS: dict[str, Callable[[Task, int], Peer]] = {
 }
 
 
-@torch.no_grad()
 def judged(task: Task, batches: list[tuple[Tensor, Tensor]]) -> float:
     """Mean training loss of these batches, with the batch's own statistics; buffers are put back."""
     buffers = {name: b.clone() for name, b in task.model.named_buffers()}
-    losses = [float(task.loss_fn(task.model(x), y)) for x, y in batches]
-    for name, b in task.model.named_buffers():
-        b.copy_(buffers[name])
+    losses = [float(loss_of(task, x, y).detach()) for x, y in batches]
+    with torch.no_grad():
+        for name, b in task.model.named_buffers():
+            b.copy_(buffers[name])
     return sum(losses) / len(losses)

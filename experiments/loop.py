@@ -17,7 +17,7 @@ from adaptive_opt import AdaptiveOptimizer
 
 from .faults import Faults
 from .launch import ALONE, Ranks
-from .tasks.base import Task
+from .tasks.base import Task, loss_of
 
 
 @dataclass
@@ -64,7 +64,7 @@ def train(
             x = faults(x)
         x, y = ranks.share(x), ranks.share(y)
         optimizer.zero_grad()
-        loss = task.loss_fn(task.model(x), y)
+        loss = loss_of(task, x, y)
         loss.backward()
         optimizer.step()
         if schedule is not None:

@@ -15,7 +15,7 @@ from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
 from adaptive_opt.interventions import INTERVENTIONS
 from adaptive_opt.policies import RandomPolicy, TrialPolicy
 
-from ..tasks.base import Task
+from ..tasks.base import Task, source_of
 
 EVERY = tuple(INTERVENTIONS)
 
@@ -38,8 +38,7 @@ def ours(policy: Callable[[int], Any] | None = None, measures: bool = True) -> C
     """The wrapper with its defaults, or with another policy of a seed; one that never decides anything measures nothing."""
 
     def make(base: Optimizer, task: Task, validate: Callable[[], float] | None, seed: int) -> AdaptiveOptimizer:
-        objective = getattr(task, "objective", None)
-        source: dict[str, Any] = {"objective": objective} if objective is not None else {"loss_fn": task.loss_fn}
+        source = source_of(task)
         if policy is not None:
             source["policy"] = policy(seed)
         if not measures:

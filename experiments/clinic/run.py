@@ -6,7 +6,6 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from adaptive_opt import AdaptiveOptimizer
 
 from ..faults import Faults
-from ..tasks.base import Task
+from ..tasks.base import Task, loss_of
 from .arms import ARMS, base_of
 from .cost import Meter
 from .events import Diary
@@ -115,11 +114,6 @@ def _train(
     if best is not None:
         best.restore()
     return losses, diary
-
-
-def loss_of(task: Task, x: Tensor, y: Tensor) -> Tensor:
-    objective: Callable[[], Tensor] | None = getattr(task, "objective", None)
-    return objective() if objective is not None else task.loss_fn(task.model(x), y)
 
 
 def _cared_for(task: Task, human: Human) -> bool:

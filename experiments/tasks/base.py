@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,18 @@ class Task(Protocol):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]: ...
     def evaluate(self) -> dict[str, float]: ...
+
+
+def loss_of(task: Task, x: Tensor, y: Tensor) -> Tensor:
+    """The task's `objective` where it has one (a physics-informed net), else `loss_fn(model(x), y)`."""
+    objective: Callable[[], Tensor] | None = getattr(task, "objective", None)
+    return objective() if objective is not None else task.loss_fn(task.model(x), y)
+
+
+def source_of(task: Task) -> dict[str, Any]:
+    """What AdaptiveOptimizer has to be told so that it sees that loss."""
+    objective = getattr(task, "objective", None)
+    return {"objective": objective} if objective is not None else {"loss_fn": task.loss_fn}
 
 
 class Classification:

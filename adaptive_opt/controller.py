@@ -236,7 +236,9 @@ class Controller:
         self._failed(ctx, events)
         self.signals.remember(trend)
         if self.damp is not None:
-            self.damp.good_step()
+            done = self.damp.good_step(trend.loss)
+            if done is not None:
+                events.append(Event(self.steps, "damp", *done, "done"))
         if rollback is not None:
             rollback.good_step()
             self.statistics.keep()

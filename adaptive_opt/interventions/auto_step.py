@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 
 from adaptive_opt.family import family
 from adaptive_opt.interventions.base import Applied, Patient
+from adaptive_opt.interventions.ceiling import Ceiling, grown
 from adaptive_opt.interventions.damp import Damp, fraction_of_limit, has_momentum
 from adaptive_opt.metric import RULES
 from adaptive_opt.records import Reading
@@ -15,15 +17,18 @@ from adaptive_opt.records import Reading
 FLATTER = 0.1  # of what was seen so far: a single flat batch counts no further
 LOOKED = 0.3  # weight of one look ahead in the average of their logarithms
 GROWTH = 1.05  # a step: faster, a deep net without normalisation leaves the place that the looks are of (docs/evidence.md)
+BEYOND = 1.2  # times the way to the bottom, the schedule's decay included: up to there a step stays as long as it is
 CAREFUL = 0.8  # of the limit and of 1 / overshoot, for steps without momentum
 
 
 class AutoStep(Damp):
     """`step_size="auto"`: the learning rate comes from curvature, the user's gives only the shape over time.
 
-    With momentum the step is `hold` / overshoot: at 1/2 the coming step ends at the bottom of the parabola that looks
-    ahead measure, a forward pass at a time. Without it the greedy step is a trap (each shorter step finds a sharper place),
-    and Damp's rule holds: the geometric mean of that and a fraction of the stability limit, from the readings.
+    With momentum the step grows to `hold` / overshoot: at 1/2 the coming step ends at the bottom of the parabola that looks
+    ahead measure, a forward pass at a time. It is shortened where the step that is really taken goes a fifth beyond: a shorter
+    step finds a sharper place, so while a schedule decays, what is read per unit of rate would shorten it a second time.
+    Without momentum that is a trap from the first step on, and Damp's rule holds: the geometric mean of the step to the
+    bottom and a fraction of the stability limit, from the readings. A loss that rises all the same lowers a `Ceiling`.
     Both are proportional to the learning rate that they were read at, so what is averaged, in the logarithm, is
     what they are per unit of it; the result does not depend on the user's. The effective rate is that
     times lr / (the largest lr so far): a schedule's decay is kept, a warm-up comes of itself.
@@ -43,6 +48,7 @@ class AutoStep(Damp):
         self.lr = 0.0  # the present one
         self.wanted: float | None = None  # effective learning rate at the peak of the schedule; None before the first reading
         self.at = 0  # step of `wanted`
+        self.ceiling = Ceiling()
 
     def choose(self, base: Optimizer) -> None:
         """The base whose steps it is for. Raises ValueError where their stability limit is not known."""
@@ -96,8 +102,14 @@ class AutoStep(Damp):
             return None
         return f"took {self.scale * self.lr:.3g} as the learning rate, the user's {self.lr:.3g} gives only the shape"
 
-    def good_step(self) -> None:
-        pass
+    def good_step(self, loss: float | None = None) -> tuple[str, str] | None:
+        risen = self.ceiling.risen(loss)
+        if risen is None or self.wanted is None:
+            return None
+        self.ceiling.lower(self.at, self.wanted)
+        self.wanted = max(self.ceiling(self.at), self.bounds[0])
+        self.see(self.lr)
+        return risen, f"halved the learning rate, to {self.scale * self.lr:.3g}"
 
     def press_on(self) -> bool:
         return False
@@ -109,10 +121,25 @@ class AutoStep(Damp):
         return so_far + weight * (new - so_far)
 
     def _take(self, step: int) -> None:
-        length = self._length()
-        if self.wanted is not None:
-            length = min(length, self.wanted * GROWTH ** (step - self.at))
-        elif self.looks:  # a careful start, from which it grows
-            length = math.sqrt(length * self.fraction / math.exp(self.stability))
+        bottom = self._length()
+        if self.wanted is None:
+            length = self._first(bottom)
+        else:
+            length = min(bottom, grown(self.wanted, GROWTH, step - self.at))
+            if self.looks:
+                length = min(max(self.wanted, length), BEYOND * bottom * self.peak / self.lr)
+        length = min(length, self.ceiling(step))
         self.wanted, self.at = min(max(length, self.bounds[0]), self.bounds[1]), step
         self.see(self.lr)
+
+    def _first(self, bottom: float) -> float:
+        """A careful start, from which it grows."""
+        return math.sqrt(bottom * self.fraction / math.exp(self.stability)) if self.looks else bottom
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "ceiling": self.ceiling.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "ceiling" in state:  # a checkpoint of before there was one has none
+            self.ceiling.load_state_dict(state["ceiling"])

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adaptive_opt.ahead import overshoot_ahead
 from adaptive_opt.curvature import BACKENDS, CURVATURES, CannotMeasure, Part, flatten, operator_on
-from adaptive_opt.curvature.vectors import norm
+from adaptive_opt.curvature.vectors import norm, total_norm
 from adaptive_opt.layers import KINDS, measure_layers, tensors
 from adaptive_opt.lipschitz import measure_lipschitz
 from adaptive_opt.memory import ProbeMemory
@@ -40,11 +40,11 @@ class LanczosProbe(Schedule):
     """Measures curvature by Lanczos, either every N steps or within a share of the training work.
 
     `LanczosProbe(every=N)` takes a full reading of the whole batch at every N-th step. `LanczosProbe(overhead=0.05)` may
-    spend 5 % of the training time; the first readings are financed by the first 500 steps. Within that it takes cheap
-    warm-started readings of lambda_max and stability at steps 0, 1, 2, 4, ... 64 and evenly after that, and full ones as the
-    budget allows or when progress stalls, both on `fraction` of the batch and on 16 samples at least: with small batches the
-    budget ends before step 64. A damped learning rate is followed more closely, on credit. `LanczosProbe(overhead=0)` never
-    measures unless `probe_now()` is called.
+    spend 5 % of the training time; the first readings are financed by the first 500 steps. Within that it looks ahead at
+    steps 0, 1, 2, 4, ... 64 and every 70th whether the step is too long (where it cannot look: a cheap reading until step 64),
+    takes cheap warm-started readings of lambda_max and stability there and evenly, and full ones as the budget allows or when
+    progress stalls, both on `fraction` of the batch and on 16 samples at least. A damped learning rate is followed more
+    closely, on credit. `LanczosProbe(overhead=0)` never measures unless `probe_now()` is called.
 
     The schedule counts in gradient-equivalents. What one of them takes in the run's own steps is its `price`: None measures it
     at steps 128, 256, 512, ... (process time on the CPU, events on CUDA), rounds it up to a power of two, and spaces the
@@ -168,7 +168,27 @@ class LanczosProbe(Schedule):
         if layers if layers is not None else kind == "full":
             draft, spent = self._layers(objective, model, memory, replace(draft, cost=cost), notes)
             cost += spent
-        reading = replace(draft, cost=cost, seconds=time.perf_counter() - began, notes=tuple(notes))
+        return self._agreed(replace(draft, cost=cost), objective, memory, began, notes)
+
+    def measure_layers(self, objective: Objective, model: nn.Module | None, memory: ProbeMemory, step: int) -> Reading:
+        """A Reading of kind "layers": theirs alone; loss and gradient norm are those of the user's own pass."""
+        began = time.perf_counter()
+        notes: list[str] = ["curvature: looks ahead see that the step is not too long"]
+        loss, grads = objective.seen_loss(), [p.grad for p in objective.params if p.grad is not None]
+        draft = Reading(
+            step=step,
+            loss=math.nan if loss is None else loss,
+            grad_norm=float(total_norm(grads)),
+            kind="layers",
+            batch_size=_samples(objective),
+            curvature=self.curvature,
+        )
+        draft, cost = self._layers(objective, model, memory, draft, notes)
+        return self._agreed(replace(draft, cost=cost), objective, memory, began, notes)
+
+    @staticmethod
+    def _agreed(draft: Reading, objective: Objective, memory: ProbeMemory, began: float, notes: list[str]) -> Reading:
+        reading = replace(draft, seconds=time.perf_counter() - began, notes=tuple(notes))
         if objective.team.size > 1:
             # one process's word for all: they differ in their time, and in what they drew for layers of different batches
             reading, drawn = objective.team.first((reading, memory.generator.get_state()))
@@ -177,7 +197,7 @@ class LanczosProbe(Schedule):
 
     def look_ahead(self, objective: Objective, base: Optimizer, memory: ProbeMemory, step: int, share: float) -> float | None:
         """Overshoot of the step that `base` is about to take, from one forward pass at `share` of it; None: not to be had."""
-        m = self._metric(base, objective.params, memory, step, [])
+        m = self._metric(base, objective.params, memory, step, [], reading=False)
         memory.last_look = step
         if m is None:
             return None
@@ -188,14 +208,20 @@ class LanczosProbe(Schedule):
         return overshoot
 
     def _metric(
-        self, base: Optimizer | None, params: Sequence[Tensor], memory: ProbeMemory, step: int, notes: list[str]
+        self,
+        base: Optimizer | None,
+        params: Sequence[Tensor],
+        memory: ProbeMemory,
+        step: int,
+        notes: list[str],
+        reading: bool = True,
     ) -> Metric | None:
         if base is not None and not base.state:
             memory.began = step
         age = None if memory.began is None else step - memory.began
         m = None if base is None else metric(base, {p: p.grad for p in params if p.grad is not None}, age)
         if m is not None and m.root.numel() == sum(p.numel() for p in params):
-            if m.averaged is m.momentum and not m.averages:  # what the steps since the last reading add up to
+            if reading and m.averaged is m.momentum and not m.averages:  # what the steps since the last reading add up to
                 here = flatten(params)
                 if memory.anchor is not None and memory.anchor.shape == here.shape:
                     m = replace(m, averaged=(memory.anchor - here) / m.root.clamp_min(torch.finfo(here.dtype).tiny))

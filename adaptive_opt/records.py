@@ -94,7 +94,7 @@ class Reading:
     lipschitz_local: float | None = None  # largest singular value of the whole Jacobian on the batch
     lipschitz_local_error: float | None = None
     # how it was measured
-    kind: str = "full"  # "full", or "cheap": stability alone, from a warm start
+    kind: str = "full"  # "full"; "cheap": stability alone, from a warm start; "layers": they alone
     hvps: int = 0  # Hessian-vector products spent
     cost: float = 0.0  # gradient-equivalents spent: one is a forward and backward pass of the whole batch
     seconds: float = 0.0

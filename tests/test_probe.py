@@ -250,6 +250,8 @@ def test_early_readings_come_at_powers_of_two_and_a_treatment_or_an_alarm_bring_
     memory = ProbeMemory(torch.Generator(), last_cheap=99, last_full=0, spent=90.0)
     assert probe.due(Trend(101, 1.0, 1.0), memory, 10.0, 60.0) is None
     assert probe.due(Trend(101, 1.0, 1.0), memory, 10.0, 60.0, alarm=True) == "cheap"
+    assert probe.due(Trend(101, 1.0, 1.0, stalled=True), memory, 10.0, 60.0) is None
+    memory.spent = 50.0
     assert probe.due(Trend(101, 1.0, 1.0, stalled=True), memory, 10.0, 60.0) == "full"
 
 

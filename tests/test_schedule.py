@@ -112,3 +112,15 @@ def test_what_a_reading_costs_at_least_is_less_than_what_it_costs_on_any_batch(b
     objective = control.gate.context(control.modes["base"]).objective
     for least, cost in zip(control.probe.least, control.probe.costs(objective, control.memory, False), strict=True):
         assert least <= cost
+
+
+def test_looks_ahead_come_where_early_readings_did_and_then_for_a_tenth_of_the_budget():
+    probe, memory, looked = LanczosProbe(overhead=0.05), ProbeMemory(torch.Generator()), []
+    for step in range(390):
+        assert probe.due(Trend(step, 1.0, 1.0), memory, 10.0, 60.0, early=False, first=False) is None
+        if probe.glances(step, memory, 0.35):
+            looked.append(step)
+            memory.last_look = step
+    assert looked == [0, 1, 2, 4, 8, 16, 32, 64, 134, 204, 274, 344]
+    assert not LanczosProbe(every=10).glances(0, memory, 0.35)
+    assert not LanczosProbe(overhead=0).glances(0, memory, 0.35)

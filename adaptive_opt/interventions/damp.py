@@ -9,25 +9,40 @@ from torch.optim import Optimizer
 
 from adaptive_opt.family import family
 from adaptive_opt.interventions.base import Applied, Patient
+from adaptive_opt.metric import RULES
 from adaptive_opt.records import Reading
 
 MOMENTUM, PLAIN, ADAPTIVE = 0.15, 0.5, 1.0  # of the stability limit; measured: docs/evidence.md, "rates"
 LET_GO = 2.0  # times the limit: not above what the diagnosis calls unstable
+LOOKED = 0.3  # weight of one look ahead in the average of their logarithms
+CONFIRMED = 25  # steps to the first reading that looks ahead ask for, then doubled: as rollback's snapshots
 
 
 class Damp:
     """Scales the effective learning rate; the user's param_groups and schedule keep their values.
 
-    It engages when the diagnosis says UNSTABLE and follows every reading from then on. rule: "step" holds the step at
-    `hold` / overshoot, the fraction of the coming step at which the quadratic model of the batch loss is lowest when hold
-    is 0.5; "limit" holds it at `hold` / stability; "both" at the geometric mean. Once the user's own step is
-    neither above the limit nor overshoots it lets go, and the learning rate returns by and by.
+    It engages when the diagnosis says UNSTABLE and follows every reading and look ahead from then on. rule: "step" holds
+    the step at `hold` / overshoot, the fraction of the coming step at which the quadratic model of the batch loss is lowest
+    when hold is 0.5; "limit" holds it at `hold` / stability; "both" at the geometric mean. Once the user's own step is
+    neither above the limit nor overshoots it lets go, and the learning rate returns by and by; where looks ahead say so, it
+    asks for a reading to have the limit confirmed.
 
     trial: steps after which the loss must have fallen; if it has not, the fraction is halved, twice at most.
     """
 
     name = "damp"
-    state = ("scale", "halved", "since", "readings", "stability", "overshoot", "fraction", "moved")  # of a checkpoint
+    state = (
+        "scale",
+        "halved",
+        "since",
+        "readings",
+        "stability",
+        "overshoot",
+        "fraction",
+        "moved",
+        "asked",
+        "patience",
+    )  # of a checkpoint
     looks = False  # ahead, between readings
 
     @property
@@ -46,6 +61,7 @@ class Damp:
         self.since: int | None = None  # step at which it engaged
         self.readings = 0  # since then
         self.moved = False  # the parameters jumped: what was averaged so far is of another place
+        self.asked, self.patience = 0, CONFIRMED  # step at which a reading was asked for, and steps to the next such
         self.fraction = MOMENTUM
         self.stability = self.overshoot = 0.0  # logarithms, averaged over the readings since then
 
@@ -62,16 +78,33 @@ class Damp:
             return None
         r = max(readings, key=lambda r: r.overshoot or 0.0)  # the one that shows it
         self.since, self.readings, self.halved = patient.trend.step, 1, 0
+        self.asked, self.patience = patient.trend.step, CONFIRMED
         self.fraction = fraction_of_limit(patient.ctx.base)
         self.stability, self.overshoot = _log(r.stability or 0.0), _log(r.overshoot or 0.0)
         self._hold()
         return Applied(f"holding the learning rate at {self.scale:.3g} of the user's", trial=self.trial)
+
+    @staticmethod
+    def can_look(base: Optimizer) -> bool:
+        """Whether its coming step is known, so that a look ahead can go along it."""
+        return RULES.get(family(base) or "") is not None
 
     def see(self, lr: float) -> None:
         """The learning rate that the user's schedule gives this step; what is held here is a share of it."""
 
     def look(self, step: int, overshoot: float) -> None:
         """What a look ahead saw of this step."""
+        if self.since is not None:
+            self.overshoot += (1.0 if self.moved else LOOKED) * (_log(overshoot) - self.overshoot)
+            self.moved = False
+            self._hold()
+
+    def asks(self, step: int) -> bool:
+        """For a reading, off the budget: by its looks ahead the user's step no longer overshoots."""
+        if self.since is None or self.overshoot > 0 or step - self.since < self.calm or step - self.asked < self.patience:
+            return False
+        self.asked, self.patience = step, 2 * self.patience
+        return True
 
     def follow(self, reading: Reading) -> str | None:
         """A new reading while engaged; returns what was done if that is worth a word: it let go."""

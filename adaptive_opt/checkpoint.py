@@ -32,6 +32,7 @@ def written(control: Any) -> dict[str, Any]:
         **{name: getattr(control, name).copy() for name in COPIED},
         "first_layers": None if control.first_layers is None else [asdict(layer) for layer in control.first_layers],
         "reading": None if control.reading is None else asdict(control.reading),
+        "limit": control.limit,
         "trial": None if control.trial is None else control.trial.state_dict(),
         "modes": {name: mode.state_dict() for name, mode in control.modes.items()},
         "interventions": {name: i.state_dict() for name, i in control.interventions.items()},
@@ -48,6 +49,7 @@ def read(control: Any, state: Mapping[str, Any]) -> None:
     layers = state["first_layers"]
     control.first_layers = None if layers is None else tuple(LayerReading(**layer) for layer in layers)
     control.reading = None if state["reading"] is None else Reading.from_dict(state["reading"])
+    control.limit = state.get("limit")  # a checkpoint of before it was kept has none
     control.trial = Trial.from_state_dict(state["trial"])
     for name, part in PARTS.items():
         if name in state:  # an older checkpoint has no stays, or no validation losses

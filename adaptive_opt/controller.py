@@ -87,6 +87,7 @@ class Controller:
         self.alarm = False  # something was just undone: look again as soon as possible
         self._still: tuple[Any, Any, bool] = (None, None, False)  # policy, probe, whether they never do anything
         self.reading: Reading | None = None
+        self.limit: tuple[float, int] | None = None  # effective learning rate at the stability limit, and when it was read
 
     def listen(self, model: nn.Module | None, capture: Capture | None, objective: Callable[[], Tensor] | None) -> None:
         """Where the batches come from."""
@@ -150,6 +151,8 @@ class Controller:
             events=tuple(events),
             probe_cost=self.memory.spent,
             treatment_cost=self.treatment_cost,
+            lr_limit=None if self.limit is None else self.limit[0],
+            lr_limit_age=None if self.limit is None else self.steps - self.limit[1],
             validation=looks[-1].validation if looks else None,
         )
         self.steps += 1
@@ -457,6 +460,8 @@ class Controller:
         if reading is None:
             return
         self.reading = reading
+        if reading.stability is not None and reading.stability > 0:
+            self.limit = float(self.base.param_groups[0]["lr"]) / reading.stability, self.steps
         self.memory.spent += reading.cost
         if reading.kind != "layers":
             self.memory.last_cheap = self.steps

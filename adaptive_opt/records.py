@@ -234,6 +234,8 @@ class StepReport:
     probe_cost: float = 0.0  # gradient-equivalents spent on probing so far
     treatment_cost: float = 0.0  # and on replays by modes, treatments and verification, and on the validation loss
     validation: float | None = None  # the user's validation loss, in a step that asked for it
+    lr_limit: float | None = None  # effective learning rate of that group at the stability limit, by the latest reading
+    lr_limit_age: int | None = None  # steps since that reading
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""python scripts/bench_step_size.py [--seeds K] [--workloads ...] [--bases ...] [--arms ...] [--jobs N] [--out FILE.jsonl]
+"""python scripts/bench_step_size.py [--seeds K] [--workloads ...] [--bases ...] [--arms ...] [--ablate] [--out FILE.jsonl]
 
 Bare over nine learning rates, the wrapped optimizer over the same nine (`step_size="user"`), `step_size="auto"`, which takes
 none, and the peers that take none (experiments/learning_rate_free.py): the section "step size" of docs/evidence.md. The same
 budget of gradient-equivalents for all: what probes or tries steps less. Cosine annealing over the budget for all but
-those whose authors want none. One line a run; what is in the file is not run again. `--figure FILE.png` draws it.
+those whose authors want none. One line a run; what is in the file is not run again. `--figure FILE.png` draws it, and
+`--ablate` switches the ingredients of "auto" off, one at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,6 +32,8 @@ from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from adaptive_opt import AdaptiveOptimizer  # noqa: E402
+from adaptive_opt.interventions import auto_step, ceiling  # noqa: E402
+from adaptive_opt.schedule import Schedule  # noqa: E402
 from experiments.clinic.book import revision  # noqa: E402
 from experiments.learning_rate_free import PEERS, Peer, judged  # noqa: E402
 from experiments.loop import train  # noqa: E402
@@ -64,6 +69,19 @@ BASES: dict[str, tuple[Callable[[Any, float], Optimizer], float]] = {  # and the
 MIDDLES = {("PINN", "heavy ball"): 1e-4}  # a loss of 600 and a curvature to match: all of the nine would diverge
 POWERS = [k / 2 for k in range(-4, 5)]  # of ten, around the middle
 OURS = ("bare", "user", "auto")
+# "auto" without one of its ingredients: what stands in its place
+WITHOUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "readings alone": lambda: patch.object(
+        auto_step, "has_momentum", lambda base: False
+    ),  # the rule for steps without momentum
+    "no looks": lambda: patch.object(Schedule, "looks_ahead", lambda *args: False),
+    "no careful start": lambda: patch.object(auto_step.AutoStep, "_first", lambda self, bottom: bottom),
+    "grows at once": lambda: patch.object(auto_step, "GROWTH", 1e9),
+    "flat batches count": lambda: patch.object(auto_step, "FLATTER", 1e-9),
+    "always to the bottom": lambda: patch.object(auto_step.AutoStep, "_kept", lambda self, present, length, bottom: length),
+    "no ceiling": lambda: patch.object(ceiling.Ceiling, "risen", lambda self, loss: None),
+}
+SOLVED = 1e-5  # a mean loss below it counts as that: the tabular net learns its 400 patients by heart, to 0 exactly
 JUDGED = 20  # batches of the training set that the final loss is the mean of
 
 
@@ -113,7 +131,8 @@ def peer(run: dict[str, Any], task: Task) -> tuple[Peer, Spent]:
     make, _ = BASES[run["base"]]
     optimizer = make(task.model.parameters(), rate(run["workload"], run["base"], run["power"]))
     if run["arm"] != "bare":
-        optimizer = AdaptiveOptimizer(optimizer, task.model, step_size=run["arm"], **source_of(task))
+        size = "user" if run["arm"] == "user" else "auto"
+        optimizer = AdaptiveOptimizer(optimizer, task.model, step_size=size, **source_of(task))
     spent = Spent(optimizer, task.steps)
     return Peer(optimizer, LambdaLR(optimizer, spent.cosine)), spent
 
@@ -123,11 +142,13 @@ def outcome(run: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.getLogger("adaptive_opt").setLevel(logging.ERROR)
     task = WORKLOADS[run["workload"]](run["seed"])
+    task.steps = run.get("budget", task.steps)
     torch.manual_seed(0)
-    made, spent = peer(run, task)
     began = time.process_time()
     try:
-        done = train(task, made.optimizer, schedule=made.schedule, until=spent.gone)
+        with WITHOUT.get(run["arm"], nullcontext)():
+            made, spent = peer(run, task)
+            done = train(task, made.optimizer, schedule=made.schedule, until=spent.gone)
     except Exception as error:  # a peer that breaks is a row that says so
         return {**run, "loss": math.nan, "error": f"{type(error).__name__}: {error}"}
     seconds = time.process_time() - began
@@ -145,12 +166,12 @@ def mean(rows: list[dict[str, Any]]) -> float:
     losses = [finite(r["loss"]) for r in rows]
     if not losses or math.inf in losses:
         return math.inf if losses else math.nan
-    return math.exp(statistics.fmean(math.log(max(loss, 1e-30)) for loss in losses))
+    return math.exp(statistics.fmean(math.log(max(loss, SOLVED)) for loss in losses))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Per workload and base: the best of the sweep, the basin within twice the best, and auto and the peers over the best."""
-    peers = [arm for arm in PEERS if any(r["arm"] == arm for r in rows)]
+    """Per workload and base: the best of the sweep, the basins within 2 and 10 times the best, auto and peers over the best."""
+    peers = [arm for arm in (*WITHOUT, *PEERS) if any(r["arm"] == arm for r in rows)]
     lines = [
         "| | best of nine, bare | basin, bare | basin, user | at the best lr, user | auto | probing | "
         + " | ".join(peers)
@@ -170,8 +191,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         best = min(bare, key=lambda k: bare[k])
         cells = [f"{bare[best]:.3g}, lr {rate(w, b, best):.2g}"]
         for arm in ("bare", "user"):
-            inside = [k for (a, k), v in means.items() if a == arm and v <= 2 * bare[best]]
-            cells.append(f"x{10 ** (max(inside) - min(inside)):.3g}" if inside else "-")
+            losses = [v for (a, _), v in means.items() if a == arm]
+            cells.append(", ".join(basin(losses, limit * bare[best]) for limit in (2, 10)) if losses else "-")
         cells.append(f"{means[('user', best)] / bare[best]:.2f}" if ("user", best) in means else "-")
         for arm in ("auto", *peers):
             ratio = means.get((arm, 0.0), math.nan) / bare[best]
@@ -182,6 +203,12 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells.append(f"{statistics.fmean(probing):.1%}" if probing else "-")
         lines.append(f"| {w}, {b} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(regret(arm, ratios) for arm, ratios in regrets.items())])
+
+
+def basin(losses: list[float], limit: float) -> str:
+    """How wide the learning rates lie apart, in steps of sqrt(10), that reach the limit; 0 where none does."""
+    reached = sum(loss <= limit for loss in losses)
+    return f"x{10 ** ((reached - 1) / 2):.3g}" if reached else "0"
 
 
 def regret(arm: str, ratios: list[float]) -> str:
@@ -198,37 +225,42 @@ def regret(arm: str, ratios: list[float]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Final loss over learning rate: bare, wrapped, and auto as the line that has none."""
+    """Final loss over learning rate, a panel for each workload and base: bare, wrapped, and auto as the line that has none."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    workloads, bases = (list(dict.fromkeys(r[k] for r in rows if r["base"] != "own")) for k in ("workload", "base"))
-    drawn, axes = plt.subplots(len(bases), len(workloads), figsize=(2.6 * len(workloads), 2.6 * len(bases)), squeeze=False)
-    for j, w in enumerate(workloads):
-        for i, b in enumerate(bases):
-            axis, these = axes[i][j], [r for r in rows if (r["workload"], r["base"]) == (w, b)]
-            ceiling = 2 * max((r["loss"] for r in these if math.isfinite(r["loss"]) and r["loss"] < 1e3), default=1.0)
-            for arm, colour in (("bare", "#d1495b"), ("user", "#0b6e4f")):
-                curve = {
-                    k: min(mean([r for r in these if (r["arm"], r["power"]) == (arm, k)]), ceiling)
-                    for k in sorted({r["power"] for r in these if r["arm"] == arm})
-                }
-                shown = "bare" if arm == "bare" else 'wrapped, step_size="user"'
-                axis.loglog([rate(w, b, k) for k in curve], list(curve.values()), "o-", color=colour, ms=3.5, label=shown)
-            auto = [r for r in these if r["arm"] == "auto"]
-            if auto:
-                axis.axhline(mean(auto), color="#edae49", lw=2, label='wrapped, step_size="auto"')
-            axis.set_title(f"{w}, {b}", fontsize=9)
-            axis.tick_params(labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
+    panels = list(dict.fromkeys((r["workload"], r["base"]) for r in rows if r["base"] != "own"))
+    across = min(len(panels), 5)
+    down = -(-len(panels) // across)
+    drawn, axes = plt.subplots(down, across, figsize=(2.5 * across, 2.3 * down + 0.4), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (w, b) in zip(axes.flat, panels, strict=False):
+        these = [r for r in rows if (r["workload"], r["base"]) == (w, b)]
+        ceiling = 2 * max((r["loss"] for r in these if math.isfinite(r["loss"]) and r["loss"] < 1e3), default=1.0)
+        for arm, colour, shown in (("bare", "#d1495b", "bare"), ("user", "#0b6e4f", "wrapped")):
+            curve = {
+                k: min(mean([r for r in these if (r["arm"], r["power"]) == (arm, k)]), ceiling)
+                for k in sorted({r["power"] for r in these if r["arm"] == arm})
+            }
+            axis.loglog([rate(w, b, k) for k in curve], list(curve.values()), "o-", color=colour, ms=3.5, label=shown)
+        auto = [r for r in these if r["arm"] == "auto"]
+        if auto:
+            axis.axhline(mean(auto), color="#edae49", lw=2, label='wrapped, step_size="auto": no learning rate')
+        axis.set_title(w if len({base for _, base in panels}) == 1 else f"{w}, {b}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        low, high = axis.get_ylim()
+        axis.tick_params(which="minor", labelleft=high < 10 * low, labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("learning rate", fontsize=8)
     for row in axes:
         row[0].set_ylabel("training loss at the end", fontsize=8)
-    axes[0][0].legend(fontsize=7, frameon=False)
-    drawn.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="upper center", ncols=3, fontsize=8, frameon=False)
+    drawn.tight_layout(rect=(0, 0, 1, 1 - 0.35 / (2.3 * down + 0.4)))
     drawn.savefig(path, dpi=110)
 
 
@@ -237,14 +269,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["AdamW", "Adam", "heavy ball"])
-    parser.add_argument("--arms", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--arms", nargs="+", choices=[*OURS, *WITHOUT, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--ablate", action="store_true", help="--arms bare auto and all of auto without an ingredient")
+    parser.add_argument("--steps", type=int, default=None, help="gradient-equivalents of a run, in place of the workload's own")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench_step_size.jsonl")
     parser.add_argument("--figure", type=Path, default=None)
     args = parser.parse_args()
+    if args.ablate:
+        args.arms = ["bare", "auto", *WITHOUT]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     wanted = runs(args.seeds, args.workloads, args.bases, args.arms)
+    wanted = [{**run, "budget": args.steps} for run in wanted] if args.steps is not None else wanted
+    known = [row for row in known if ("budget" in row) == (args.steps is not None)]
     missing = [run for run in wanted if not any(run.items() <= row.items() for row in known)]
     results = Parallel(n_jobs=args.jobs, return_as="generator_unordered")(delayed(outcome)(run) for run in missing)
     with args.out.open("a") as file:

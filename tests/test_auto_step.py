@@ -71,6 +71,14 @@ def test_on_a_quadratic_the_step_stays_near_its_limit_and_descends():
     assert model.loss() < 1e-2 * Bowl().loss()
 
 
+@pytest.mark.parametrize("step_size", ["user", "auto"])
+@pytest.mark.parametrize("lr", [1e-2, 0.2])
+def test_the_report_says_where_the_limit_is_and_how_old_that_is(lr, step_size):
+    reports = run(lr, steps=15, step_size=step_size)[2]
+    assert [r.lr_limit_age for r in reports] == [*range(10), *range(5)]
+    assert reports[0].lr_limit == pytest.approx(2 / 4, rel=1e-6)
+
+
 def test_an_empty_momentum_is_reckoned_as_full():
     """Heavy ball's first step is a tenth of what the same gradient makes of it by and by."""
     plain, heavy = (run(1.0, steps=1, base=lambda p, lr, m=m: SGD(p, lr, momentum=m))[3] for m in (0.0, 0.9))

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from problems import make
@@ -56,6 +57,12 @@ def trained(tmp_path, steps=12, **kwargs):
 
 def test_a_report_comes_back_from_its_line_as_it_was():
     assert from_json(to_json(FULL)) == FULL
+
+
+def test_a_line_of_before_there_were_limits_is_read():
+    written = json.loads(to_json(replace(FULL, lr_limit=0.1, lr_limit_age=7)))
+    assert (written.pop("lr_limit"), written.pop("lr_limit_age")) == (0.1, 7)
+    assert from_json(json.dumps(written)) == FULL
 
 
 def test_nan_and_infinity_are_null_on_the_line():

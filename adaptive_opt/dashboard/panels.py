@@ -186,7 +186,7 @@ def _sharpness_note(reports: Reports) -> str:
     reading, report = told[-1]
     held = f" As it is held now, the step is at {number((reading.stability or 0) * reports[-1].lr_scale)} of the limit."
     since = _not_since(reports, readings(reports)[-1])
-    return f"{advice(reading, report.lr)}{held if reports[-1].lr_scale < 1 else ''} {_measured(reading)}{since}"
+    return f"{advice(reading, report.lr)}{held if reports[-1].lr_scale != 1 else ''} {_measured(reading)}{since}"
 
 
 def _lipschitz(reports: Reports) -> list[Chip]:
@@ -212,6 +212,7 @@ def _training(reports: Reports) -> list[Chip]:
         chip("loss", r.loss),
         chip("lr", r.lr * r.lr_scale),
         chip("lr", r.lr, label="the user's lr"),
+        *([] if r.lr_limit is None else [chip("lr", r.lr_limit, label=f"limit, {r.lr_limit_age} steps old")]),
         Chip("mode", r.mode, "How steps are taken until further notice: base is the wrapped optimizer as it is."),
     ]
 

@@ -92,8 +92,8 @@ def _findings(reports: Sequence[StepReport], log: Sequence[Entry]) -> list[Alert
             continue
         if any(e.event.name in kind.treatments and e.event.step >= shown.step for e in log):
             continue  # the entry tells it
-        if condition is Condition.UNSTABLE and shown.lr_scale < 1:
-            continue  # of the user's step: the one that is taken is held below the limit
+        if condition is Condition.UNSTABLE and shown.lr_scale != 1:
+            continue  # of the user's step: the one that is taken is another
         if reports[-1].mode in kind.treatments:
             continue  # what treats it is in force
         tried = latest(log, kind.treatments)
@@ -120,7 +120,7 @@ def _treated(reports: Sequence[StepReport], log: Sequence[Entry]) -> list[Alert]
         told.add(event.name)
         age = last.step - max(event.step, entry.at)
         severe = kind.light == "red"
-        in_force = (event.name == "damp" and last.lr_scale < 1) or event.name == last.mode
+        in_force = (event.name == "damp" and last.lr_scale != 1) or event.name == last.mode
         if event.outcome == "pending" or (age <= NOW and event.outcome != "kept"):
             light = "red" if severe and "let the learning rate return" not in event.done else "amber"
         elif age <= RECENT or in_force:

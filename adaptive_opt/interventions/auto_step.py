@@ -126,8 +126,7 @@ class AutoStep(Damp):
             length = self._first(bottom)
         else:
             length = min(bottom, grown(self.wanted, GROWTH, step - self.at))
-            if self.looks:
-                length = min(max(self.wanted, length), BEYOND * bottom * self.peak / self.lr)
+            length = self._kept(self.wanted, length, bottom) if self.looks else length
         length = min(length, self.ceiling(step))
         self.wanted, self.at = min(max(length, self.bounds[0]), self.bounds[1]), step
         self.see(self.lr)
@@ -135,6 +134,10 @@ class AutoStep(Damp):
     def _first(self, bottom: float) -> float:
         """A careful start, from which it grows."""
         return math.sqrt(bottom * self.fraction / math.exp(self.stability)) if self.looks else bottom
+
+    def _kept(self, present: float, length: float, bottom: float) -> float:
+        """The present length, unless that is short of `length` or, as the schedule has it now, far beyond the bottom."""
+        return min(max(present, length), BEYOND * bottom * self.peak / self.lr)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "ceiling": self.ceiling.state_dict()}

@@ -21,6 +21,8 @@ def scalars(report: StepReport) -> dict[str, float]:
     """Loss and effective learning rate, and a reading's numbers when there is one; what is unknown is left out."""
     found = {} if report.loss is None else {"train/loss": report.loss}
     found["train/lr_effective"] = report.lr * report.lr_scale
+    if report.lr_limit is not None:
+        found["train/lr_limit"] = report.lr_limit
     if report.reading is not None:
         for name in NUMBERS:
             value = getattr(report.reading, name)

@@ -27,7 +27,7 @@ from adaptive_opt.records import Reading, StepReport
 def sharpness(reports: Sequence[StepReport]) -> go.Figure:
     """stability with its error and overshoot over the steps, both of the user's own step, with edge and threshold.
 
-    Where damp or rollback hold the learning rate, the stability of the step as it is taken is drawn beside it.
+    Where the effective learning rate is not the user's, the stability of the step as it is taken is drawn beside it.
     """
     fig = blank(y="times the limit", log=True)
     seen = [r for r in having(readings(reports), "stability") if (r.stability or 0) > 0]
@@ -38,7 +38,9 @@ def sharpness(reports: Sequence[StepReport]) -> go.Figure:
     if over:
         series(fig, [r.step for r in over], [r.overshoot for r in over], "overshoot", PURPLE, symbol="square", line="dot")
     series(fig, steps, [r.stability for r in seen], "stability", BLUE, error=[r.stability_error for r in seen])
-    held = [(r.step, r.reading.stability * r.lr_scale) for r in reports if r.lr_scale < 1 and r.reading and r.reading.stability]
+    held = [
+        (r.step, r.reading.stability * r.lr_scale) for r in reports if r.lr_scale != 1 and r.reading and r.reading.stability
+    ]
     if held:
         series(fig, [s for s, _ in held], [v for _, v in held], "stability", GREEN, "as held", symbol="diamond", line=None)
     limit(fig, steps, 1.0, "edge of stability", GREY, "dot")

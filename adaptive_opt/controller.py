@@ -44,9 +44,7 @@ LOOKS = 3  # at the validation loss in a trial that it decides
 TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, or a reading, asks the gate again
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 GLANCE = 0.1  # of the coming step: at the end of a whole one a loss that grows linearly hides how far it is too long
-OVERSHOOTS = (
-    2.0  # by a glance; of 499 readings of bare runs it missed none of those by which the step is too long (docs/evidence.md)
-)
+OVERSHOOTS = 2.0  # by a glance: then a reading is asked for; docs/evidence.md, "looks ahead"
 COOL_DOWN = 100  # steps before a treatment that was taken back may be tried again; doubled each time
 
 

@@ -24,7 +24,7 @@ from adaptive_opt.objective import Objective, ReplayError
 from adaptive_opt.parallel import operator_of
 from adaptive_opt.records import LayerReading, Reading
 from adaptive_opt.schedule import Schedule
-from adaptive_opt.spectra import Spectra
+from adaptive_opt.spectra import COLD, WARM, Spectra
 
 # Cost of one part in gradient-equivalents of the samples it runs on (an exact product takes 1.4 to 2.2: docs/evidence.md)
 FORWARD, GRADIENT, LAYERS = 0.35, 1.0, 7.0  # layers: a gradient, and 1.5 for each of four steps
@@ -97,7 +97,7 @@ class LanczosProbe(Schedule):
         """What a cheap and a full reading cost at least, whatever the batch: a share is rounded to whole samples."""
         f = 0.5 * self.fraction
         product = PRODUCTS[self.backend or "exact"]
-        return f * (GRADIENT + 4 * product), f * (GRADIENT + (2 * self.num_steps + 1) * product)
+        return f * (GRADIENT + (WARM + 1) * product), f * (GRADIENT + (2 * self.num_steps + 1) * product)
 
     def costs(self, objective: Objective, memory: ProbeMemory, layers: bool) -> tuple[float, float]:
         """Gradient-equivalents of a cheap and of a full reading, before they are taken."""
@@ -105,7 +105,8 @@ class LanczosProbe(Schedule):
         f = 1.0 if whole else objective.share(self.fraction) or 1.0  # asked at every step: nothing is cut for it
         few = min(1.0, LAYER_SAMPLES / (objective.batch_size or LAYER_SAMPLES))
         product = PRODUCTS[self.backend or "exact"]
-        cheap, full = f * (GRADIENT + 4 * product), f * (GRADIENT + (2 * self.num_steps + 1) * product)
+        steps = COLD if memory.top is None and memory.last_cheap < 0 else WARM
+        cheap, full = f * (GRADIENT + (steps + 1) * product), f * (GRADIENT + (2 * self.num_steps + 1) * product)
         if layers:
             full += few * (LAYERS + LIPSCHITZ * self._measures_lipschitz(few, full))
         return cheap, full + GRADIENT

@@ -56,16 +56,16 @@ class Signals:
     def remember(self, trend: Trend) -> None:
         """Add a good step to the windows."""
         if trend.loss is not None:
-            self.losses = [*self.losses[-WINDOW + 1 :], trend.loss]
-            self.loss_steps = [*self.loss_steps[-WINDOW + 1 :], trend.step]
+            _push(self.losses, trend.loss)
+            _push(self.loss_steps, trend.step)
             if len(self.losses) == 10 and self.first_loss is None:
                 self.first_loss = median(self.losses)
             if len(self.losses) >= 20:
                 level = median(self.losses[-20:])
                 self.best_loss = level if self.best_loss is None else min(self.best_loss, level)
         if trend.grad_norm is not None:
-            self.norms = [*self.norms[-WINDOW + 1 :], trend.grad_norm]
-            self.norm_steps = [*self.norm_steps[-WINDOW + 1 :], trend.step]
+            _push(self.norms, trend.grad_norm)
+            _push(self.norm_steps, trend.step)
 
     def forget(self, but: int | None = None) -> None:
         """The parameters have moved elsewhere: what was shown before says nothing about the level now.
@@ -146,6 +146,11 @@ def _faded(values: list[float]) -> float:
     for value in values:
         most = max(FADE * most, value)
     return most
+
+
+def _push(window: list[Any], x: float) -> None:
+    window.append(x)
+    del window[:-WINDOW]
 
 
 def _size(losses: list[float], level: float) -> float:

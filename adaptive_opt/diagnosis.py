@@ -44,9 +44,9 @@ def diagnose(
 
     `reading` is this step's, or None when nothing was measured; `kappas` the last few effective condition numbers;
     `first_layers` the layers of the run's first reading (None: this is the first); `recent` the reading before, if it is
-    fresh: what it foresaw may have happened by now; `looks` the validation
-    losses in a step with a new one, none in another; None where there is no such loss. Where there is, it alone shows what is
-    sharp: many a healthy run stays at the edge of stability.
+    fresh: what it foresaw may have happened by now; `looks` the validation losses in a step with a new one, none in another;
+    None where there is no such loss. Where there is, it alone shows what is sharp: many a healthy run stays at the edge of
+    stability.
     """
     t = thresholds
     found: list[Finding] = []

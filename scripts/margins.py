@@ -7,6 +7,7 @@ docs/evidence.md, "margins". The clinic's workloads, both bases, a full reading 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 import warnings
@@ -97,7 +98,8 @@ def main() -> None:
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: 1 or more")
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # a run that is left alone may end in NaN
+    warnings.simplefilter("ignore")  # a run that is left alone may end in NaN, and says so
+    logging.getLogger("adaptive_opt").setLevel(logging.ERROR)
     rows: dict[str, list[Numbers]] = {}
     for name in args.workloads:
         for base in BASES:

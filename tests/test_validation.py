@@ -18,6 +18,7 @@ from adaptive_opt.validation import MOST, SHARE, Validation
 from adaptive_opt.verify import better_validation
 from experiments.loop import train
 from experiments.tasks.digits import Digits
+from experiments.tasks.mnist import MNIST
 
 CALM = Trend(step=100, loss=1.0, grad_norm=1.0)
 LEARNT = [2.5, 1.8, 1.6, 1.52, 1.5]
@@ -163,6 +164,37 @@ def test_a_validation_function_that_raises_is_said_once_and_asked_no_more():
             said += [e for e in optimizer.report.events if e.name == "validate"]
     assert len(said) == 1
     assert not optimizer.control._history().can_validate
+
+
+CONTROLS = {
+    "digits": (
+        lambda: Digits(batch_size=128, width=512, steps=600, validation=200),
+        2e-3,
+        0.1,
+    ),  # as the noisy ones
+    "MNIST": (lambda: MNIST(width=4, steps=500, validation=400), 3e-3, 0.05),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["AdamW", "SGD"])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_healthy_run_that_overfits_mildly_is_left_alone_bit_for_bit(name, base):
+    def run(wrapped):
+        make_task, adam, sgd = CONTROLS[name]
+        task = make_task()
+        params = task.model.parameters()
+        optimizer = torch.optim.AdamW(params, adam) if base == "AdamW" else torch.optim.SGD(params, sgd, momentum=0.9)
+        if wrapped:
+            optimizer = wrap(task, optimizer, validate=task.validation_loss)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
+        torch.manual_seed(1000)
+        return task, train(task, optimizer, schedule=schedule), optimizer
+
+    (bare, _, _), (task, outcome, optimizer) = run(False), run(True)
+    assert outcome.treatments == []
+    assert len(optimizer.control.validation.looks) > 5
+    assert_equal(bare.model.state_dict().values(), task.model.state_dict().values())
 
 
 def noisy(seed=0, steps=400):

@@ -16,7 +16,7 @@ ERRORS = 2.0  # standard errors that a slope must exceed to be seen
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a number becomes a condition. Sources: docs/evidence.md."""
+    """Where a number becomes a condition. Sources: docs/evidence.md, "thresholds"."""
 
     unstable: float = 2.0  # times the stability limit; around 1 is normal (Cohen et al., 2021)
     overshoot: float = 2.0  # and this very step raises the quadratic model's loss, while the loss is seen to rise,

@@ -560,7 +560,7 @@ class Controller:
             if applied.skip:
                 self.statistics.restore()
             if applied.forget:
-                self.signals.forget(but=None if applied.back_to is None else applied.back_to.step)
+                self.signals.forget(applied.but)
             if applied.cliffs and self.rollback is not None:
                 self.rollback.expect_cliffs()
             if applied.moved:
@@ -665,7 +665,7 @@ class Controller:
         return self._take_back(trial, ctx)
 
     def _judge(self, trial: Trial, trend: Trend, ctx: StepContext) -> Verdict:
-        if trial.name == "escape":
+        if trial.name == "escape" and trial.until == trial.event.step + 1:
             ctx.cost += 2 * FORWARD
             return verify.with_and_without(ctx.objective, trial.before.values(self.base) if trial.before else {})
         since = self.signals.since(trial.event.step + 1) + ([] if trend.loss is None else [trend.loss])

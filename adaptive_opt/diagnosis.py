@@ -28,6 +28,7 @@ class Thresholds:
     layer_band: float = 10.0  # a layer's sigma_rms outside [1/10, 10] ...
     chain_band: float = 1000.0  # ... or the product over all layers outside [1/1000, 1000]
     chain_least: int = 3  # layers: a short branch beside a skip connection may have any scale
+    copies: float = 0.5  # of a layer's units are exact copies of others
     lost: float = 0.5  # share of all progress that is gone again
 
 
@@ -90,6 +91,8 @@ def _of_reading(
         size = -r.lambda_min / r.epsilon
         sentence = f"no progress where lambda_min = {r.lambda_min:.3g} ({size:.0%} of epsilon), at least {r.delta} negative"
         found.append(Finding(Condition.SADDLE, size, t.negative, sentence))
+    else:
+        found += _copied(r.layers, t)
     drift = _drift(r.layers, first, t)
     if drift is not None:
         found.append(drift)
@@ -143,6 +146,15 @@ def _slope(steps: Sequence[int], values: Sequence[float]) -> float:
     except StatisticsError:  # they are all the same
         return 0.0
     return r * math.sqrt((len(steps) - 2) / max(1 - r * r, 1e-12))
+
+
+def _copied(layers: Sequence[LayerReading], t: Thresholds) -> list[Finding]:
+    """Units that are one and the same get one and the same gradient: a saddle that no gradient leaves."""
+    worst = max(layers, key=lambda layer: layer.copies or 0.0, default=None)
+    if worst is None or not (worst.copies or 0.0) >= t.copies:
+        return []
+    sentence = f"{worst.copies:.0%} of the units of layer {worst.name} are copies of others, and their gradients too"
+    return [Finding(Condition.SADDLE, worst.copies or 0.0, t.copies, sentence)]
 
 
 def _unstable(reading: Reading | None, recent: Reading | None, trend: Trend, t: Thresholds) -> Finding | None:

@@ -17,6 +17,7 @@ from adaptive_opt.parallel import ALONE, Team
 from adaptive_opt.records import LayerReading
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Bilinear)
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
@@ -77,14 +78,16 @@ def measure_layers(
     ends = [p.edge for v in met for p in (v.input, v.output) if p is not None]
     grads = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True) if ends else ()
     gains, same = _gains([v.name for v in met], grads, team)
-    chained = {b.name for a, b in pairwise(met) if b.name in same and _leads(a, b)}
+    leading = [(a, b) for a, b in pairwise(met) if b.name in same and _leads(a, b)]
+    chained = {b.name for _, b in leading}
+    copies = {a.name: _copies(model.get_submodule(a.name), model.get_submodule(b.name)) for a, b in leading}
     readings, skipped = [], []
     for visit in visits.values():
         if visit.input is None and not visit.problem and visit.name not in names:
             continue  # the replay did not call it, and nobody asked for it
         try:
             reading = _measure(visit, generator, num_steps, gains.get(visit.name), team)
-            readings.append(replace(reading, chained=visit.name in chained))
+            readings.append(replace(reading, chained=visit.name in chained, copies=copies.get(visit.name)))
         except (RuntimeError, FloatingPointError) as error:  # no second derivative, or a signal that is not finite
             skipped.append(f"{visit.name} not measured ({str(error).partition(chr(10))[0]})")
     for name, module in model.named_modules():
@@ -161,6 +164,24 @@ def _chosen(model: nn.Module, kinds: Sequence[str], names: Sequence[str]) -> dic
         if kind in kinds or name in names:
             visits[module] = _Visit(name, kind)
     return visits
+
+
+@torch.no_grad()
+def _copies(layer: nn.Module, following: nn.Module) -> float | None:
+    """Share of a layer's units that have a twin: the same weights, and the same weights upon them; None for other layers.
+
+    Twins get the same gradient and stay twins for ever. Units without any weights do not count.
+    """
+    if not isinstance(layer, PLAIN) or not isinstance(following, PLAIN) or getattr(following, "groups", 1) != 1:
+        return None
+    W, V = layer.weight.flatten(1), following.weight.flatten(2) if following.weight.dim() > 2 else following.weight
+    units = len(W)  # a flattened image has several entries a channel
+    if V.shape[1] % units or len(W[:, 0].unique()) > 0.5 * units:
+        return None if V.shape[1] % units else 0.0
+    upon = V.reshape(len(V), units, -1).transpose(0, 1).flatten(1)
+    alive = (W != 0).any(1) & (upon != 0).any(1)
+    rows = torch.cat([W, upon] if layer.bias is None else [W, layer.bias[:, None], upon], 1)[alive]
+    return (len(rows) - len(rows.unique(dim=0))) / units if len(rows) else 0.0
 
 
 def _recurrent(name: str, module: nn.RNN, length: int) -> list[LayerReading]:

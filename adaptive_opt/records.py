@@ -28,6 +28,7 @@ class LayerReading:
     # matrix, or "module": one asked for by name
     drift: float | None = None  # log(sigma_rms now / at the first reading)
     chained: bool = False  # its input is the output of the layer before it, with nothing between that adds or normalises
+    copies: float | None = None  # share of its units that are exact copies of others, in and out; None: not in a chain
     times: int = 1  # passes of the signal through it: a recurrent matrix is met at every element of the sequence
 
     @property

@@ -4,16 +4,21 @@ import math
 
 import pytest
 import torch
+from test_healing import wrap
+from torch import nn
 
 from adaptive_opt.curvature import operator_on
 from adaptive_opt.curvature.backend import Part
 from adaptive_opt.interventions import Escape
 from adaptive_opt.interventions.base import Patient
+from adaptive_opt.layers import measure_layers
 from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.modes import StepContext
 from adaptive_opt.objective import GivenLoss, Objective
 from adaptive_opt.records import Reading, Trend
 from adaptive_opt.spectra import Spectra
+from experiments.loop import train
+from experiments.tasks.digits import Digits
 
 H = torch.diag(torch.tensor([4.0, 2.0, -1.0, -3.0, 1.0]))
 
@@ -88,3 +93,46 @@ def test_nothing_is_done_without_a_batch_or_a_direction():
     patient, _, _ = at([0.0] * 5)
     patient.bottom = patient.below = None
     assert Escape().apply(patient) is None
+
+
+def copies(model, x):
+    with torch.enable_grad():
+        readings, _ = measure_layers(model, lambda: model(x).square().mean(), torch.Generator().manual_seed(0))
+    return readings[0].copies
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_units_that_are_copies_in_and_out_are_counted_and_those_without_weights_are_not(image):
+    torch.manual_seed(0)
+    if image:
+        model, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 5)), torch.randn(4, 1, 4, 4)
+    else:
+        model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), torch.randn(4, 6)
+    first, last = model[0], model[-1]
+    assert copies(model, x) == 0.0
+    with torch.no_grad():
+        first.weight[2:] = first.weight[2]
+        first.bias[2:] = first.bias[2]
+        assert copies(model, x) == 0.0  # alike on the way in alone
+        out = last.weight.view(5, 8, -1)
+        out[:, 2:] = out[:, 2:3]
+        assert copies(model, x) == pytest.approx(5 / 8)
+        first.weight[5:] = 0  # pruned
+        assert copies(model, x) == pytest.approx(2 / 8)
+
+
+def symmetric(seed=0):
+    task = Digits(seed, depth=1, width=64, steps=150)
+    with torch.no_grad():
+        task.model[0].weight.copy_(task.model[0].weight[:1].expand(64, -1))
+        task.model[2].weight.copy_(task.model[2].weight[:, :1].expand(-1, 64) / 8)
+    return task
+
+
+def test_a_layer_of_one_unit_many_times_over_is_told_apart_at_the_first_step():
+    bare, task = symmetric(), symmetric()
+    stuck = train(bare, torch.optim.SGD(bare.model.parameters(), lr=0.1, momentum=0.9))
+    healed = train(task, wrap(task, torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9)))
+    assert stuck.metrics["test_accuracy"] < 50
+    assert healed.metrics["test_accuracy"] > 80
+    assert any(line.startswith("step 0: 98%") and "kept: loss" in line for line in healed.treatments)

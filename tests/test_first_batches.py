@@ -42,6 +42,12 @@ def test_a_broken_batch_among_the_first_five_is_undone(base, broken):
     assert any(f"the batch of step {broken} lost" in line or "went back to the parameters of step 0" in line for line in said)
 
 
+def test_a_first_batch_that_was_undone_leaves_nothing_that_a_later_one_could_hide_behind():
+    said = trained(Digits(depth=6), lambda p: torch.optim.AdamW(p, 1e-3), (0, 12), steps=20)
+    assert any("the batch of step 0 lost" in line for line in said)
+    assert any(line.startswith("step 12: loss") and "skipped this batch" in line for line in said)
+
+
 @pytest.mark.parametrize("batch_size", [8, 64])
 def test_no_first_batch_of_a_healthy_run_is_taken_for_broken(batch_size):
     for seed in range(3):

@@ -37,7 +37,8 @@ class Applied:
     cleanse: int | None = None  # what the batch of this step did to the running statistics is undone; the step is taken
     moved: bool = False  # the parameters jumped: this batch's gradients belong to where they were
     back_to: Snapshot | None = None  # restore this
-    forget: bool = False  # what the losses have been says nothing any more
+    forget: bool = False  # what the losses have been says nothing any more,
+    but: int | None = None  # but for those up to this step
     cliffs: bool = False  # rollback holds the gradient's norm from here on
     trial: int = 0  # steps until the verdict; 0: nothing to wait for
     before: Snapshot | None = None  # the way back

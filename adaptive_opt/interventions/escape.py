@@ -16,6 +16,7 @@ from adaptive_opt.objective import moved
 from adaptive_opt.probe import FORWARD
 from adaptive_opt.sharded import placed
 
+KICK = 0.01  # of a weight's root mean square: as somebody does who breaks the symmetry by hand
 WORTH = 0.01  # of the loss: what counts as progress in a stall, or the step is not worth its measurement
 
 
@@ -26,17 +27,23 @@ class Escape:
     curvature and downhill. The first length is `first` times (1 + |w|); it grows by `growth` while the loss falls, up to
     `cap` times (1 + |w|). The move stands in for the base's step; what the base's momentum had along it is taken out. It is
     made if it lowers the loss by 1 %, and kept if the loss is lower on the next batch too.
+
+    Units that are exact copies of one another need no measurement of curvature: their weights get noise of a hundredth, which
+    is kept if the loss is lower after `trial` steps.
     """
 
     name = "escape"
 
-    def __init__(self, first: float = 0.01, growth: float = 3.0, cap: float = 10.0):
-        if not 0 < first <= cap or growth <= 1:
-            raise ValueError(f"Escape(first={first}, growth={growth}, cap={cap}): 0 < first <= cap and growth above 1")
-        self.first, self.growth, self.cap = first, growth, cap
+    def __init__(self, first: float = 0.01, growth: float = 3.0, cap: float = 10.0, trial: int = 50):
+        if not 0 < first <= cap or growth <= 1 or trial < 2:
+            given = f"Escape(first={first}, growth={growth}, cap={cap}, trial={trial})"
+            raise ValueError(f"{given}: 0 < first <= cap, growth above 1, trial of 2 or more")
+        self.first, self.growth, self.cap, self.trial = first, growth, cap, trial
 
     def apply(self, patient: Patient) -> Applied | None:
         """Called when the diagnosis says SADDLE; None when no step along the directions lowers the loss."""
+        if (kicked := self._kicked(patient)) is not None:
+            return kicked
         ctx, objective = patient.ctx, patient.ctx.objective
         directions = [d for d in (patient.bottom, patient.below) if d is not None]
         if objective is None or not directions:
@@ -63,6 +70,25 @@ class Escape:
         along = "the most negative curvature" if direction is patient.bottom else "all negative curvature together"
         done = f"stepped {length:.3g} along {along}, loss {start:.6g} -> {best:.6g}"
         return Applied(done, moved=True, trial=1, before=before)
+
+    @torch.no_grad()
+    def _kicked(self, patient: Patient) -> Applied | None:
+        """Noise on layers whose units are copies of one another; None where there are none."""
+        if patient.model is None or patient.reading is None:
+            return None
+        mine = {id(p) for p in patient.ctx.params}
+        named = {n: p for n, p in patient.model.named_parameters() if id(p) in mine}
+        copied = [r.name for r in patient.reading.layers if r.copies and f"{r.name}.weight" in named]
+        if not copied:
+            return None
+        before = Snapshot.take(patient.trend.step, patient.ctx)
+        generator = torch.Generator().manual_seed(patient.trend.step)  # the same on every process
+        for name in copied:
+            w = named[f"{name}.weight"]
+            noise = torch.randn(w.shape, generator=generator).to(w.device, w.dtype)
+            w.add_(placed(noise, w), alpha=KICK * float(norm(flatten([w]))) / w.numel() ** 0.5)
+        done = f"told them apart by noise of {KICK:.0%} on the weights of {', '.join(copied)}"
+        return Applied(done, moved=True, trial=self.trial, before=before)
 
     def _search(self, ctx: StepContext, direction: list[Tensor], size: float, start: float) -> tuple[float, float]:
         """The lowest loss along +-direction, and the signed length at which it is."""

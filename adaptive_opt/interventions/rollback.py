@@ -76,7 +76,7 @@ class Rollback:
         if target.usual_norm is not None:
             self.clip, self.clipped = CLIP * target.usual_norm, trend.step
             done += f", gradients clipped at {self.clip:.3g}"
-        return Applied(done, skip=True, moved=True, back_to=target, forget=True, trial=20)
+        return Applied(done, skip=True, moved=True, back_to=target, forget=True, but=target.step, trial=20)
 
     def _without(self, outlier: Outlier, trend: Trend) -> Applied | None:
         """One of the first batches was broken: go on as if it had not been there."""

@@ -584,7 +584,9 @@ class Controller:
     def _restore(self, snapshot: Snapshot) -> None:
         """Back to a snapshot, and into the mode whose basis its moments are in: leaving that mode is a step of its own."""
         snapshot.restore(self.base)
-        self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state))
+        elsewhere = self.rollback is not None and self.rollback.device is not None
+        device = all_params(self.base)[0].device if elsewhere else None
+        self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state, device))
         if self.mode != snapshot.mode:
             self.mode, self.mode_since = snapshot.mode, self.steps
             self._listen()

@@ -9,6 +9,7 @@ from problems import make
 from torch import nn
 
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy
+from adaptive_opt.interventions import Rollback
 from adaptive_opt.modes import BaseStep
 from adaptive_opt.records import Condition, Diagnosis, Finding
 from experiments.faults import Faults
@@ -102,6 +103,34 @@ def overwritten(steps, when):
 def test_parameters_overwritten_with_nan_are_restored():
     (report,) = overwritten(60, {40})
     assert "went back to the parameters of step 25" in report.events[0].done
+
+
+@pytest.mark.parametrize(
+    "where", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_a_run_that_keeps_its_snapshots_in_host_memory_returns_to_the_very_same_values(where):
+    def run(**kept):
+        problem = make("mlp", 60)
+        model, rollback = problem.model.to(where), Rollback(**kept)
+        base = torch.optim.AdamW(model.parameters())
+        optimizer = AdaptiveOptimizer(base, model, loss_fn=problem.criterion, interventions={"rollback": rollback})
+        for i, (x, y) in enumerate(problem.batches):
+            if i == 40:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+            optimizer.zero_grad()
+            problem.criterion(model(x.to(where)), y.to(where)).backward()
+            optimizer.step()
+        return model, base, rollback
+
+    (one, _, here), (other, base, there) = run(), run(device="cpu")
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    assert all(t.device.type == "cpu" for t in there.latest.params)
+    n = sum(p.numel() for p in other.parameters())
+    steps = sum(4 for _ in base.state)
+    assert (
+        here.bytes == there.bytes == (1 if there.best is there.latest else 2) * (3 * 4 * n + steps)
+    )  # w, two moments, counters
 
 
 def test_parameters_are_restored_however_often_they_were_before():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from adaptive_opt.modes import StepContext, all_params
 from adaptive_opt.records import Reading, Trend
-from adaptive_opt.sharded import placed
+from adaptive_opt.sharded import is_sharded, placed
 
 
 @dataclass
@@ -46,7 +46,10 @@ class Applied:
 
 @dataclass
 class Snapshot:
-    """Parameters, the base optimizer's state and the mode's, copied on their own device: one copy costs their size."""
+    """Parameters, the base optimizer's state and the mode's, copied: one copy costs their size (`bytes`).
+
+    It lies on their own device, or on the one that is given (host memory, say), and comes back from there by itself.
+    """
 
     step: int
     params: list[Tensor]
@@ -57,11 +60,12 @@ class Snapshot:
 
     @classmethod
     @torch.no_grad()
-    def take(cls, step: int, ctx: StepContext, usual_norm: float | None = None) -> Snapshot:
+    def take(cls, step: int, ctx: StepContext, usual_norm: float | None = None, device: torch.device | None = None) -> Snapshot:
         params = all_params(ctx.base)
-        state = {i: copied(ctx.base.state[p]) for i, p in enumerate(params) if p in ctx.base.state}
-        values, mode = [p.detach().clone() for p in params], ctx.mode
-        return cls(step, values, state, mode.name, copied(mode.state_dict()), usual_norm)
+        device = None if any(map(is_sharded, params)) else device  # shards stay with their mesh
+        state = {i: copied(ctx.base.state[p], device) for i, p in enumerate(params) if p in ctx.base.state}
+        values, mode = [copied(p, device) for p in params], ctx.mode
+        return cls(step, values, state, mode.name, copied(mode.state_dict(), device), usual_norm)
 
     @torch.no_grad()
     def restore(self, base: Optimizer) -> None:
@@ -72,20 +76,45 @@ class Snapshot:
         for i, (p, kept) in enumerate(zip(all_params(base), self.params, strict=False)):
             p.copy_(placed(kept, p))
             if i in self.state:
-                base.state[p] = {k: placed(v, p) if isinstance(v, Tensor) else v for k, v in copied(self.state[i]).items()}
+                now = base.state[p]
+                base.state[p] = {k: _back(v, p, now.get(k)) for k, v in self.state[i].items()}
             else:
                 base.state.pop(p, None)
 
     def values(self, base: Optimizer) -> dict[int, Tensor]:
         """The parameters' values then, by id(p)."""
-        return {id(p): kept for p, kept in zip(all_params(base), self.params, strict=False)}
+        return {id(p): kept.to(p.device) for p, kept in zip(all_params(base), self.params, strict=False)}
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        return sum(t.numel() * t.element_size() for t in _tensors([self.params, self.state, self.mode_state]))
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     @classmethod
-    def from_state_dict(cls, d: dict[str, Any] | None) -> Snapshot | None:
-        return None if d is None else cls(**d)
+    def from_state_dict(cls, d: dict[str, Any] | None, device: torch.device | None = None) -> Snapshot | None:
+        return None if d is None else cls(**(d if device is None else copied(d, device)))
+
+
+def _back(kept: Any, p: Tensor, now: Any) -> Any:
+    """A piece of kept state where its like is now, or with the parameter; a step counter stays where it was kept."""
+    if not isinstance(kept, Tensor):
+        return copied(kept)
+    like = now if isinstance(now, Tensor) else p if kept.dim() else kept
+    return placed(kept.detach().to(like.device, copy=True), p)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)
 
 
 def copied(tree: Any, device: torch.device | None = None) -> Any:

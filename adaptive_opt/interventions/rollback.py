@@ -27,16 +27,19 @@ class Rollback:
     good step, slower after each return. After a return gradients are clipped at four times the norm that was usual at the
     snapshot (Pascanu et al., 2013), until none has been longer for 200 steps. most: returns without a calm stretch; after
     them it only skips what is not finite, so that it never loops, and still restores parameters that are not finite. Two
-    snapshots at most are kept (the latest and the best); each costs the size of the parameters and the base's state, on
-    their device.
+    snapshots at most are kept (the latest and the best); each costs the size of the parameters and the base's state, and
+    `bytes` says how much that is. device: where they are kept, for example "cpu" for host memory; None: with the parameters.
     """
 
     name = "rollback"
 
-    def __init__(self, every: int = 25, patience: int = 3, shrink: float = 0.5, most: int = 8):
+    def __init__(
+        self, every: int = 25, patience: int = 3, shrink: float = 0.5, most: int = 8, device: str | torch.device | None = None
+    ):
         if every < 1 or patience < 1 or not 0 < shrink <= 1 or most < 1:
             raise ValueError(f"Rollback(every={every}, patience={patience}, shrink={shrink}, most={most}): out of range")
         self.every, self.patience, self.shrink, self.most = every, patience, shrink, most
+        self.device = None if device is None else torch.device(device)
         self.latest: Snapshot | None = None
         self.best: Snapshot | None = None
         self.best_level: float | None = None
@@ -48,6 +51,12 @@ class Rollback:
         self.clipped = 0  # step at which it last was more
         self.learned: list[float] | None = None  # norms of which the usual one is to be learned
         self.first = FirstBatches()
+
+    @property
+    def bytes(self) -> int:
+        """What the snapshots take."""
+        both = [self.latest] if self.best is self.latest else [self.latest, self.best]
+        return sum(snapshot.bytes for snapshot in both if snapshot is not None)
 
     def apply(self, patient: Patient) -> Applied | None:
         """Called when the diagnosis says NON_FINITE or BROKEN."""
@@ -127,7 +136,7 @@ class Rollback:
         compared = self.best_level if fresh else level
         if compared is not None and trend.loss is not None and trend.loss - compared > abs(compared):
             return
-        self.latest = Snapshot.take(step, ctx, trend.usual_grad_norm)
+        self.latest = Snapshot.take(step, ctx, trend.usual_grad_norm, self.device)
         if trend.usual_grad_norm is None:  # nothing was seen yet
             self.first.begin(step, ctx)
         if level is None or self.best_level is None or level <= self.best_level:
@@ -168,8 +177,8 @@ class Rollback:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.latest = Snapshot.from_state_dict(state["latest"])
-        self.best = self.latest if state["shared"] else Snapshot.from_state_dict(state["best"])
+        self.latest = Snapshot.from_state_dict(state["latest"], self.device)
+        self.best = self.latest if state["shared"] else Snapshot.from_state_dict(state["best"], self.device)
         self.best_level, self.bad, self.good = state["best_level"], state["bad"], state["good"]
         self.returns, self.scale = state["returns"], state["scale"]
         self.clip, self.clipped, self.learned = state["clip"], state["clipped"], state["learned"]

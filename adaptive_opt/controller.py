@@ -273,7 +273,9 @@ class Controller:
             except Exception as error:
                 ctx.failure = error
                 self._failed(ctx, events)
-        trend = self.signals.judge(self.steps, value, size, self._largest_lr)
+        trend = self.signals.judge(self.steps, value, size, self._largest_lr * self.lr_scale)
+        if self.rollback is not None and self.rollback.cliffs:
+            trend = replace(trend, rising=False)
         return replace(trend, poison=poison) if poison is not None and trend.finite and not trend.spike else trend
 
     def _compared(self, trend: Trend, ctx: StepContext, events: list[Event]) -> Trend:

@@ -14,11 +14,12 @@ LEARNED = 5  # good steps before anything can stand out
 JUMP_LOSS, JUMP_GRAD = 3.0, 5.0  # times the largest of the window, which fades; docs/evidence.md, "broken steps"
 FADE = 0.98  # what is left of it after a good step: an unstable stretch must not hide a broken batch for 200 steps
 RISE = 1.5  # times the running median, by the median of the last five
-GAIN = 0.1  # of the first loss: less gain than that after ten steps counts as none
+GAIN = 0.1  # of the first loss: less gain than that after ten steps counts as none, unless the loss is seen to fall
 STALL = 40  # observed losses over which progress is judged
 STALL_GAIN, STALL_NOISE = 0.01, 0.1  # relative to the loss: less gain than that, and quieter than that
 GAINED, LITTLE = 0.2, 0.1  # of the first loss: progress of which half may be lost, or all
 LOST_ERRORS = 4.0  # standard errors of a level; docs/evidence.md, "broken steps"
+FALLS = 2.0  # standard errors, by which a loss that has gained little yet is seen to fall
 MEDIAN_ERROR = 1.2533 * 1.4826  # of a median, times root n, in median absolute deviations, for Gaussian losses
 TAIL = 0.1  # of the largest learning rate: a schedule that ends there stands still by its own will
 
@@ -104,7 +105,8 @@ class Signals:
         now, before = median([*self.losses[-4:], loss]), self.losses[-24:-4]
         level = median(before)
         no_gain = self.first_loss - now < GAIN * _size(self.losses, self.first_loss)
-        return now > level + (RISE - 1) * _size(before, level) or no_gain
+        falls = now < level - FALLS * _error(before, level, 5)
+        return now > level + (RISE - 1) * _size(before, level) or (no_gain and not falls)
 
     def _stalled(self) -> bool:
         if len(self.losses) < STALL:
@@ -130,8 +132,7 @@ class Signals:
         lost, recent = (level - self.best_loss) / gained, self.losses[-20:]
         if gained <= GAINED * size and lost <= 1:
             return 0.0
-        error = MEDIAN_ERROR * median(abs(x - level) for x in recent) / math.sqrt(len(recent))
-        return lost if level - self.best_loss > LOST_ERRORS * error else 0.0
+        return lost if level - self.best_loss > LOST_ERRORS * _error(recent, level, len(recent)) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, list) else v for k, v in vars(self).items()}
@@ -151,6 +152,11 @@ def _faded(values: list[float]) -> float:
 def _push(window: list[Any], x: float) -> None:
     window.append(x)
     del window[:-WINDOW]
+
+
+def _error(losses: list[float], level: float, count: int) -> float:
+    """Standard error of the median of `count` losses like these around their level, were they Gaussian."""
+    return MEDIAN_ERROR * median(abs(x - level) for x in losses) / math.sqrt(count)
 
 
 def _size(losses: list[float], level: float) -> float:

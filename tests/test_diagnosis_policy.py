@@ -183,6 +183,13 @@ def test_an_unstable_stretch_hides_no_broken_batch_for_long():
     assert fed([1.0] * 110, norms[:110]).judge(110, 100.0, 1000.0).spike
 
 
+def test_little_gain_counts_as_none_unless_the_loss_is_seen_to_fall():
+    flat, falling = [2.3, 2.31] * 10, [2.3, 2.31] * 7 + [2.26, 2.24, 2.22, 2.2, 2.18, 2.16]
+    assert fed(flat).judge(20, 2.3, 1.0).rising
+    assert not fed(falling).judge(20, 2.14, 1.0).rising
+    assert fed(flat).judge(20, 2.26, 1.0).rising  # one low loss is none
+
+
 def test_progress_within_the_noise_is_not_lost_and_little_progress_only_above_the_start():
     noisy = [2.0, 3.0] * 10 + [0.6, 2.6] * 20 + [1.0, 3.0] * 10
     assert fed(noisy).judge(80, 1.0, 1.0).lost == 0.0

@@ -49,6 +49,7 @@ class Rollback:
         self.scale = 1.0
         self.clip: float | None = None  # gradient norm at most, since a return
         self.clipped = 0  # step at which it last was more
+        self.cliffs = False  # a single high loss is the edge of one, which the clipping is for, and no rise
         self.learned: list[float] | None = None  # norms of which the usual one is to be learned
         self.first = FirstBatches()
 
@@ -98,7 +99,7 @@ class Rollback:
 
     def expect_cliffs(self) -> None:
         """From here on gradients are held near the norm that is usual in the steps to come."""
-        self.clip, self.learned = None, []
+        self.clip, self.learned, self.cliffs = None, [], True
 
     def hold(self, step: int, trend: Trend, ctx: StepContext) -> str | None:
         """The gradients of this step, no longer than they may be; what was done, when that is news."""
@@ -116,7 +117,7 @@ class Rollback:
                 if p.grad is not None:
                     p.grad.mul_(self.clip / trend.grad_norm)
         elif step - self.clipped >= CALM:
-            self.clip = None
+            self.clip, self.cliffs = None, self.cliffs and self.learned is not None
         return done
 
     def good_step(self) -> None:
@@ -172,6 +173,7 @@ class Rollback:
             "scale": self.scale,
             "clip": self.clip,
             "clipped": self.clipped,
+            "cliffs": self.cliffs,
             "learned": None if self.learned is None else list(self.learned),
             "first": self.first.state_dict(),
         }
@@ -181,5 +183,5 @@ class Rollback:
         self.best = self.latest if state["shared"] else Snapshot.from_state_dict(state["best"], self.device)
         self.best_level, self.bad, self.good = state["best_level"], state["bad"], state["good"]
         self.returns, self.scale = state["returns"], state["scale"]
-        self.clip, self.clipped, self.learned = state["clip"], state["clipped"], state["learned"]
+        self.clip, self.clipped, self.cliffs, self.learned = (state[k] for k in ("clip", "clipped", "cliffs", "learned"))
         self.first.load_state_dict(state["first"])

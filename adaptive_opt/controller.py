@@ -569,6 +569,8 @@ class Controller:
                 self._moved(name, mode_then, ctx, events)
             if applied.skip or applied.moved:
                 return True
+            if applied.last:
+                break
         return False
 
     def _moved(self, name: str, mode_then: str, ctx: StepContext, events: list[Event]) -> None:

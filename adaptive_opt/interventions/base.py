@@ -40,6 +40,7 @@ class Applied:
     forget: bool = False  # what the losses have been says nothing any more,
     but: int | None = None  # but for those up to this step
     cliffs: bool = False  # rollback holds the gradient's norm from here on
+    last: bool = False  # nothing else is done in this step
     trial: int = 0  # steps until the verdict; 0: nothing to wait for
     before: Snapshot | None = None  # the way back
 

@@ -73,10 +73,15 @@ class Spectral:
         turned = [r for r in recurrent if self._recurrent(r, named[r.name], patient)]
         if turned:
             done.append(f"brought the singular values of {', '.join(r.name for r in turned)} to 1")
+        left = False
         for chain in chains(layers, LEAST):
             chain = [r for r in chain if f"{r.name}.weight" in named]
-            if chain and not (divides and len(chain) < LEAST and sum(math.log(r.sigma_rms) for r in chain) < 0):
+            small = divides and len(chain) < LEAST and sum(math.log(r.sigma_rms) for r in chain) < 0
+            left = left or small
+            if chain and not small:
                 done += self._chain(chain, named, patient)
+        if left and not done:  # nor is the length of a step judged by what vanishes
+            return Applied("left the two layers to the base, whose steps are as long for small gradients", last=True)
         if not done:
             return None
         words = "; ".join(done)

@@ -138,6 +138,7 @@ STARTS: dict[str, Callable[[int], Task]] = {
     "all x0.4": lambda s: Drifting(s, False, 0.4),
     "one x30": lambda s: Drifting(s, True, 30.0),
     "one spike x30": lambda s: Drifting(s, True, 1.0, spike=30.0),
+    "one spike x100": lambda s: Drifting(s, True, 1.0, spike=100.0),
     "all to x3 by and by": lambda s: Drifting(s, False, 3.0, late=True),
     "all to x0.4 by and by": lambda s: Drifting(s, False, 0.4, late=True),
     "one to x30 by and by": lambda s: Drifting(s, True, 30.0, late=True),

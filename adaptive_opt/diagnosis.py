@@ -87,13 +87,14 @@ def _of_reading(
     r: Reading, trend: Trend, kappas: Sequence[float], first: Sequence[LayerReading] | None, t: Thresholds
 ) -> list[Finding]:
     found: list[Finding] = []
+    copied = _copied(r.layers, t)
     if trend.stalled and r.lambda_min is not None and r.epsilon and r.lambda_min < -t.negative * r.epsilon:
         size = -r.lambda_min / r.epsilon
         sentence = f"no progress where lambda_min = {r.lambda_min:.3g} ({size:.0%} of epsilon), at least {r.delta} negative"
         found.append(Finding(Condition.SADDLE, size, t.negative, sentence))
-    else:
-        found += _copied(r.layers, t)
-    drift = _drift(r.layers, first, t)
+    elif copied is not None:
+        found.append(copied)
+    drift = _drift(r.layers, first, t) if copied is None else None  # of one unit many times over a scale says nothing
     if drift is not None:
         found.append(drift)
     if len(kappas) >= 3 and median(kappas[-3:]) > t.kappa_effective:
@@ -148,13 +149,13 @@ def _slope(steps: Sequence[int], values: Sequence[float]) -> float:
     return r * math.sqrt((len(steps) - 2) / max(1 - r * r, 1e-12))
 
 
-def _copied(layers: Sequence[LayerReading], t: Thresholds) -> list[Finding]:
+def _copied(layers: Sequence[LayerReading], t: Thresholds) -> Finding | None:
     """Units that are one and the same get one and the same gradient: a saddle that no gradient leaves."""
     worst = max(layers, key=lambda layer: layer.copies or 0.0, default=None)
     if worst is None or not (worst.copies or 0.0) >= t.copies:
-        return []
+        return None
     sentence = f"{worst.copies:.0%} of the units of layer {worst.name} are copies of others, and their gradients too"
-    return [Finding(Condition.SADDLE, worst.copies or 0.0, t.copies, sentence)]
+    return Finding(Condition.SADDLE, worst.copies or 0.0, t.copies, sentence)
 
 
 def _unstable(reading: Reading | None, recent: Reading | None, trend: Trend, t: Thresholds) -> Finding | None:

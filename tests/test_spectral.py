@@ -183,6 +183,17 @@ def test_a_singular_value_that_stands_out_is_clipped_to_the_largest_of_the_other
     assert all(abs(math.log(r.sigma_rms)) < 0.5 for r in measured(model, x))
 
 
+def test_a_matrix_of_low_rank_has_nothing_that_stands_out():
+    model = deep()
+    with torch.no_grad():
+        model[4].weight.copy_(100 * torch.outer(torch.randn(32), torch.randn(32)))
+    before = model[4].weight.detach().clone()
+    _, applied = repaired(model, torch.randn(64, 32), seen_something=False)
+    assert "clipped" not in applied.done
+    after = model[4].weight.detach()
+    torch.testing.assert_close(after / after.norm(), before / before.norm())
+
+
 def test_a_tanh_net_has_no_scale_to_pass_on_and_its_biases_stay():
     model, x = deep(one=30.0), torch.randn(64, 32)
     for i in range(1, 12, 2):

@@ -26,6 +26,9 @@ HOMOGENEOUS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool2d,
 )  # fmt: skip
 SPIKE = 5.0  # times the root mean square of the others; 4.0 at most in healthy nets (docs/evidence.md, "layers")
+ROUNDING = (
+    1e-3  # of a weight's norm: others that are less are no matrix of their own, but what rounding left of one of lower rank
+)
 LEAST, TOGETHER = 3, 1000.0  # layers of a chain, and their factor on the signal: the diagnosis' own thresholds
 POWERS = (("momentum_buffer", -1), ("exp_avg", -1), ("exp_avg_sq", -2), ("square_avg", -2), ("sum", -2))
 
@@ -160,7 +163,7 @@ def _clip(w: nn.Parameter) -> float:
     rest, k = sum(squares), 0
     while k < len(squares) // 4 and squares[k] > SPIKE**2 * (rest - squares[k]) / (len(squares) - k - 1):
         rest, k = rest - squares[k], k + 1
-    if not k:
+    if not k or rest < ROUNDING**2 * sum(squares):
         return 1.0
     s[:k] = s[k]
     w.copy_(placed(((u * s) @ vh).reshape(whole(w).shape).to(w.dtype), w))

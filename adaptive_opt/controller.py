@@ -241,9 +241,7 @@ class Controller:
         self._failed(ctx, events)
         self.signals.remember(trend)
         if self.damp is not None:
-            done = self.damp.good_step(trend.loss)
-            if done is not None:
-                events.append(Event(self.steps, "damp", *done, "done"))
+            self.damp.good_step()
         if rollback is not None:
             rollback.good_step()
             self.statistics.keep()

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from adaptive_opt import AdaptiveOptimizer  # noqa: E402
-from adaptive_opt.interventions import auto_step, ceiling  # noqa: E402
+from adaptive_opt.interventions import auto_step  # noqa: E402
 from adaptive_opt.schedule import Schedule  # noqa: E402
 from experiments.clinic.book import revision  # noqa: E402
 from experiments.learning_rate_free import PEERS, Peer, judged  # noqa: E402
@@ -77,9 +77,7 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no looks": lambda: patch.object(Schedule, "looks_ahead", lambda *args: False),
     "no careful start": lambda: patch.object(auto_step.AutoStep, "_first", lambda self, bottom: bottom),
     "grows at once": lambda: patch.object(auto_step, "GROWTH", 1e9),
-    "flat batches count": lambda: patch.object(auto_step, "FLATTER", 1e-9),
     "always to the bottom": lambda: patch.object(auto_step.AutoStep, "_kept", lambda self, present, length, bottom: length),
-    "no ceiling": lambda: patch.object(ceiling.Ceiling, "risen", lambda self, loss: None),
 }
 SOLVED = 1e-5  # a mean loss below it counts as that: the tabular net learns its 400 patients by heart, to 0 exactly
 JUDGED = 20  # batches of the training set that the final loss is the mean of

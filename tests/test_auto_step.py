@@ -14,7 +14,6 @@ from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
 from adaptive_opt.ahead import overshoot_ahead
 from adaptive_opt.interventions import AutoStep
 from adaptive_opt.interventions.auto_step import BEYOND, GROWTH
-from adaptive_opt.interventions.ceiling import BLOCK, REGROWTH, Ceiling
 from adaptive_opt.metric import metric
 from adaptive_opt.objective import GivenLoss, Objective
 from adaptive_opt.probe import FORWARD
@@ -185,31 +184,6 @@ def test_sharpness_that_answers_a_decay_does_not_shorten_the_step_again():
     for step in range(1, 20):
         auto.look(step, 0.5)
     assert auto.wanted == 1
-
-
-def test_a_loss_that_rises_halves_the_step_which_grows_again_slowly():
-    auto = looking()
-    said = [auto.good_step(loss) for loss in (*[1.0] * BLOCK, *[2.0] * (2 * BLOCK))]
-    assert said[:-1] == [None] * (3 * BLOCK - 1)
-    assert said[-1] == ("the loss has risen from 1 to 2, means of 10 steps", "halved the learning rate, to 0.5")
-    again = AutoStep()
-    again.load_state_dict(copy.deepcopy(auto.state_dict()))
-    again.choose(AdamW([torch.zeros(2, requires_grad=True)]))
-    for each in (auto, again):
-        each.look(20, 0.1)
-        assert each.wanted == pytest.approx(0.5 * REGROWTH**20)
-
-
-@pytest.mark.parametrize("losses", [
-    lambda t, noise: 1 + 0.3 * noise,  # a plateau
-    lambda t, noise: math.exp(-t / 50) * math.exp(noise),
-    lambda t, noise: 5 * math.exp(-t / 50) if t > 30 else math.nan,
-    lambda t, noise: None,
-])  # fmt: skip
-def test_noise_is_no_rise(losses):
-    ceiling, g = Ceiling(), torch.Generator().manual_seed(0)
-    assert not any(ceiling.risen(losses(t, float(torch.randn((), generator=g)))) for t in range(3000))
-    assert ceiling(10**9) == math.inf
 
 
 def test_the_schedule_gives_the_shape():

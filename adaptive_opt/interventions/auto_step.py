@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch.optim import Optimizer
 
 from adaptive_opt.family import family
 from adaptive_opt.interventions.base import Applied, Patient
-from adaptive_opt.interventions.ceiling import Ceiling, grown
 from adaptive_opt.interventions.damp import Damp, fraction_of_limit, has_momentum
 from adaptive_opt.metric import RULES
 from adaptive_opt.records import Reading
 
-FLATTER = 0.1  # of what was seen so far: a single flat batch counts no further
 LOOKED = 0.3  # weight of one look ahead in the average of their logarithms
 GROWTH = 1.05  # a step: faster, a deep net without normalisation leaves the place that the looks are of (docs/evidence.md)
 BEYOND = 1.2  # times the way to the bottom, the schedule's decay included: up to there a step stays as long as it is
@@ -28,7 +25,7 @@ class AutoStep(Damp):
     ahead measure, a forward pass at a time. It is shortened where the step that is really taken goes a fifth beyond: a shorter
     step finds a sharper place, so while a schedule decays, what is read per unit of rate would shorten it a second time.
     Without momentum that is a trap from the first step on, and Damp's rule holds: the geometric mean of the step to the
-    bottom and a fraction of the stability limit, from the readings. A loss that rises all the same lowers a `Ceiling`.
+    bottom and a fraction of the stability limit, from the readings.
     Both are proportional to the learning rate that they were read at, so what is averaged, in the logarithm, is
     what they are per unit of it; the result does not depend on the user's. The effective rate is that
     times lr / (the largest lr so far): a schedule's decay is kept, a warm-up comes of itself.
@@ -48,7 +45,6 @@ class AutoStep(Damp):
         self.lr = 0.0  # the present one
         self.wanted: float | None = None  # effective learning rate at the peak of the schedule; None before the first reading
         self.at = 0  # step of `wanted`
-        self.ceiling = Ceiling()
 
     def choose(self, base: Optimizer) -> None:
         """The base whose steps it is for. Raises ValueError where their stability limit is not known."""
@@ -102,32 +98,22 @@ class AutoStep(Damp):
             return None
         return f"took {self.scale * self.lr:.3g} as the learning rate, the user's {self.lr:.3g} gives only the shape"
 
-    def good_step(self, loss: float | None = None) -> tuple[str, str] | None:
-        risen = self.ceiling.risen(loss)
-        if risen is None or self.wanted is None:
-            return None
-        self.ceiling.lower(self.at, self.wanted)
-        self.wanted = max(self.ceiling(self.at), self.bounds[0])
-        self.see(self.lr)
-        return risen, f"halved the learning rate, to {self.scale * self.lr:.3g}"
+    def good_step(self) -> None:
+        pass
 
     def press_on(self) -> bool:
         return False
 
     def _averaged(self, so_far: float, value: float, weight: float) -> float:
-        new = math.log(value)
-        if weight < 1:
-            new = max(new, so_far + math.log(FLATTER))
-        return so_far + weight * (new - so_far)
+        return so_far + weight * (math.log(value) - so_far)
 
     def _take(self, step: int) -> None:
         bottom = self._length()
         if self.wanted is None:
             length = self._first(bottom)
         else:
-            length = min(bottom, grown(self.wanted, GROWTH, step - self.at))
+            length = min(bottom, self.wanted * math.exp(min((step - self.at) * math.log(GROWTH), 700.0)))
             length = self._kept(self.wanted, length, bottom) if self.looks else length
-        length = min(length, self.ceiling(step))
         self.wanted, self.at = min(max(length, self.bounds[0]), self.bounds[1]), step
         self.see(self.lr)
 
@@ -138,11 +124,3 @@ class AutoStep(Damp):
     def _kept(self, present: float, length: float, bottom: float) -> float:
         """The present length, unless that is short of `length` or, as the schedule has it now, far beyond the bottom."""
         return min(max(present, length), BEYOND * bottom * self.peak / self.lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "ceiling": self.ceiling.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if "ceiling" in state:  # a checkpoint of before there was one has none
-            self.ceiling.load_state_dict(state["ceiling"])

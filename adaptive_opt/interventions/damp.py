@@ -123,11 +123,8 @@ class Damp:
         self._hold()
         return None
 
-    def good_step(self, loss: float | None = None) -> tuple[str, str] | None:
-        """A step went well, from this loss: a rate that was let go of returns by 2 % a step; at once, it would be a jolt.
-
-        Returns what was seen and done, if that is worth a word.
-        """
+    def good_step(self) -> None:
+        """A step went well: a learning rate that was let go of returns by 2 % a step; at once, it would be a jolt."""
         if not self.engaged:
             self.scale = min(1.0, self.scale * 1.02)
 

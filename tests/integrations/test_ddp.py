@@ -252,7 +252,8 @@ def sick(lr):
 def test_a_sick_run_is_treated_alike_on_all_ranks(two):
     one, ranks = run("mlp", "adamw", 60, **sick(1000.0)), two.run(run_with, "mlp", "adamw", 60, sick(1000.0))
     assert "damp" in {name for _, name, _ in one["events"]}, one["words"]
-    same_run(one, ranks, tolerance=1e-3)
+    # the held length follows looks ahead, small differences of float32 losses: 2e-5 was seen, at 1000 times the learning rate
+    same_run(one, ranks, tolerance=1e-3, atol=1e-4)
 
 
 def broken_on_one_rank(kind):

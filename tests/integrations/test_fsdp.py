@@ -77,13 +77,13 @@ def run(name, base, batches, kwargs):
     return Run(name, base, batches, **kwargs).train().outcome()
 
 
-def same_run(one, ranks, tolerance=2e-4):
+def same_run(one, ranks, tolerance=2e-4, atol=1e-5):
     for rank in ranks:
         assert rank["why"] == ""
         for key in ("losses", "events", "taken", "readings"):
             assert rank[key] == ranks[0][key], key
         for a, b in zip(one["params"], rank["params"], strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=atol)
         assert close(one["taken"], rank["taken"], tolerance)
         assert close(one["losses"], rank["losses"], tolerance)
         assert len(one["readings"]) == len(rank["readings"]) > 0
@@ -118,7 +118,7 @@ def test_a_sick_run_is_treated_as_one(two):
     kwargs = {"lr": 1000.0, "probe": LanczosProbe(overhead=0.3, price=1.0, num_steps=5), "policy": RulePolicy()}
     one, ranks = run("mlp", "adamw", 60, kwargs), two.run(run, "mlp", "adamw", 60, kwargs)
     assert "holding the learning rate" in one["events"][0]
-    same_run(one, ranks, tolerance=1e-3)
+    same_run(one, ranks, tolerance=1e-3, atol=1e-4)  # the held length follows looks ahead, differences of float32 losses
 
 
 def bare_and_probed(name):

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adaptive_opt.interventions.base import copied
+from adaptive_opt.length import StepLength
 from adaptive_opt.modes import all_params
 from adaptive_opt.records import LayerReading, Reading
 from adaptive_opt.sharded import gathered, is_sharded
@@ -34,6 +35,7 @@ def written(control: Any) -> dict[str, Any]:
         "reading": None if control.reading is None else asdict(control.reading),
         "limit": control.limit,
         "trial": None if control.trial is None else control.trial.state_dict(),
+        "length": None if control.length is None else control.length.state_dict(),
         "modes": {name: mode.state_dict() for name, mode in control.modes.items()},
         "interventions": {name: i.state_dict() for name, i in control.interventions.items()},
         **{name: getattr(control, part).state_dict() for name, part in PARTS.items()},
@@ -51,6 +53,7 @@ def read(control: Any, state: Mapping[str, Any]) -> None:
     control.reading = None if state["reading"] is None else Reading.from_dict(state["reading"])
     control.limit = state.get("limit")  # a checkpoint of before it was kept has none
     control.trial = Trial.from_state_dict(state["trial"])
+    control.length = StepLength.from_state_dict(state.get("length"))  # older checkpoints have none
     for name, part in PARTS.items():
         if name in state:  # an older checkpoint has no stays, or no validation losses
             getattr(control, part).load_state_dict(state[name])

@@ -32,10 +32,17 @@ class Clock:
     def measuring(self, device: torch.device) -> Iterator[None]:
         """What happens inside is probing."""
         began = _mark(device)
+        self._last = began if self._last is None else self._last  # in the first step nothing was ticked yet
         try:
             yield
         finally:
             self._add("probing", began, _mark(device))
+
+    @property
+    def training(self) -> float:
+        """Seconds of the run without probing."""
+        self.settle()
+        return self.total - self.probing
 
     def settle(self) -> None:
         """Wait for the events, if there are any, and add their spans up."""

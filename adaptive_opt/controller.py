@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +23,7 @@ from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, Running
 from adaptive_opt.interventions.base import copied
 from adaptive_opt.interventions.statistics import STANDS_OUT
 from adaptive_opt.layers import with_drift
+from adaptive_opt.length import StepLength
 from adaptive_opt.memory import ProbeMemory
 from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.modes.base import overridden
@@ -39,13 +41,14 @@ from adaptive_opt.verify import MORE, Trial, Verdict
 SAMPLE_EVERY = (
     10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
 )
-MODE_TRIAL = 50  # steps that a mode is given to show its gain: as many as it is compared with
+MODE_TRIAL = 25  # steps that a mode is given to show its gain, and again as long as it is not slower
 LOOKS = 3  # at the validation loss in a trial that it decides
 TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, or a reading, asks the gate again
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 GLANCE = 0.1  # of the coming step: at the end of a whole one a loss that grows linearly hides how far it is too long
 OVERSHOOTS = 2.0  # by a glance: then a reading is asked for; docs/evidence.md, "looks ahead"
-COOL_DOWN = 100  # steps before a treatment that was taken back may be tried again; doubled each time
+COOL_DOWN, MODE_COOL_DOWN = 100, 400  # steps before a treatment, or a mode, that was taken back may be tried again;
+# doubled each time
 
 
 class Controller:
@@ -74,6 +77,7 @@ class Controller:
         self.steps = 0
         self.mode, self.mode_since = "base", 0
         self.mode_is_treatment = False  # entered because something was wrong, not because a baseline says so
+        self.length: StepLength | None = None  # of a mode that is on as a treatment and steps by a rule of its own
         self.trial: Trial | None = None
         self.not_before: dict[str, int] = {}  # treatment -> first step at which it may be tried again
         self.failures: dict[str, int] = {}
@@ -204,7 +208,7 @@ class Controller:
         scale = 1.0
         for intervention in self.interventions.values():
             scale *= getattr(intervention, "scale", 1.0)
-        return scale
+        return scale if self.length is None else scale * self.length.scale
 
     @property
     def _watchful(self) -> bool:
@@ -235,8 +239,12 @@ class Controller:
             if done is not None:
                 seen = "a signal that keeps its size over a long sequence meets cliffs"
                 events.append(Event(self.steps, "spectral", seen, done, "done"))
+        watched = nullcontext()
+        if self.length is not None:
+            self.length.judge(ctx.params, ctx.indices)
+            watched = self.length.watching(ctx.params, ctx.indices)
         held = overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale) if self.lr_scale != 1 else nullcontext()
-        with held:
+        with held, watched:
             ctx.mode.step(ctx)
         self._failed(ctx, events)
         self.signals.remember(trend)
@@ -575,6 +583,8 @@ class Controller:
         """The parameters jumped: what was averaged is of another place, and a mode in which the run broke is out."""
         if self.damp is not None:
             self.damp.moved = True
+        if self.length is not None:
+            self.length.forget()
         self.alarm = self.alarm or name in ("rollback", "spectral")
         if name == "rollback" and self.mode_is_treatment:
             self.mode_is_treatment = False
@@ -590,7 +600,7 @@ class Controller:
         device = all_params(self.base)[0].device if elsewhere else None
         self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state, device))
         if self.mode != snapshot.mode:
-            self.mode, self.mode_since = snapshot.mode, self.steps
+            self.mode, self.mode_since, self.length = snapshot.mode, self.steps, None
             self._listen()
 
     def _switch(self, decision: Decision, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
@@ -619,7 +629,8 @@ class Controller:
             looked = wanted == "sam" and self.validate is not None
             until, losses = self.steps + self._trial_of(wanted), self.signals.losses[-50:]
             shown = None if looked else self._validation()
-            self.trial = Trial(wanted, event, until, trend.usual_loss, losses, before, shown)
+            seconds = self.memory.clock.training
+            self.trial = Trial(wanted, event, until, trend.usual_loss, losses, before, shown, seconds=seconds)
             if looked:
                 self.signals.forget()  # what was learnt by heart shall be lost: lost progress counts from here
 
@@ -631,6 +642,7 @@ class Controller:
         self.modes[self.mode].exit(ctx)
         self.modes[mode].enter(ctx)
         self.mode, self.mode_since, self.mode_is_treatment = mode, self.steps, as_treatment
+        self.length = StepLength() if as_treatment and not self.modes[mode].steps_as_base else None
         self._listen()
 
     # ---- verify -------------------------------------------------------------------------------------------------
@@ -678,8 +690,20 @@ class Controller:
             before = [look for look in looks if look.step <= trial.event.step]
             return verify.better_validation(before, self.validation.since(trial.event.step))
         if trial.name in self.modes:
-            return verify.better_mode(trial, since, self._validation())
+            price = self.team.first(self._price(trial))  # each process measured its own time
+            return verify.better_mode(trial, since, self._validation(), price)
         return verify.lower_level(trial.level, since)
+
+    def _price(self, trial: Trial) -> float:
+        """Steps of the run before that a step of the mode on trial takes in measured time; 1 where no time is kept.
+
+        A power of the square root of two, rounded up, so that runs that differ by the clock's noise seldom differ in it.
+        """
+        before, since = trial.seconds, self.memory.clock.training - trial.seconds
+        if not before > 0 or not since > 0:
+            return 1.0
+        ratio = (since / (self.steps - trial.event.step)) / (before / trial.event.step)
+        return 2.0 ** max(math.ceil(2 * math.log2(ratio)) / 2, 0.0)
 
     def _take_back(self, trial: Trial, ctx: StepContext) -> bool:
         """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there."""
@@ -699,7 +723,8 @@ class Controller:
     def _wait(self, name: str) -> None:
         """The same treatment is not tried again before twice as long as last time."""
         self.failures[name] = self.failures.get(name, 0) + 1
-        self.not_before[name] = self.steps + COOL_DOWN * 2 ** min(self.failures[name] - 1, 10)
+        first = MODE_COOL_DOWN if name in self.modes else COOL_DOWN
+        self.not_before[name] = self.steps + first * 2 ** min(self.failures[name] - 1, 10)
 
     def _validation(self) -> float | None:
         if self.validate is None or not self.all_validate:

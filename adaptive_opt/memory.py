@@ -39,8 +39,7 @@ class ProbeMemory:
 
         So runs that differ by the clock's noise alone seldom differ in their price.
         """
-        self.clock.settle()
-        training = self.clock.total - self.clock.probing
+        training = self.clock.training
         if steps > 0 and training > 0 and self.spent > 0:
             measured = self.clock.probing / (training / steps) / self.spent
             if not self.price / 2 < measured <= 1.1 * self.price:

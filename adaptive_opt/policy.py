@@ -25,6 +25,7 @@ class Rule:
     switch: bool = False  # the treatment is a mode, not an intervention
     urgent: bool = False  # treated at once, also while something else is on trial
     again: bool = False  # in that mode, it is given in a larger dose
+    leaves: tuple[str, ...] = ()  # modes beside the base that are left for it
     needs: str = ""  # "replay", "validate" or nothing
 
 
@@ -35,7 +36,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(Condition.UNSTABLE, "damp", "loss falls", urgent=True),
     Rule(Condition.SADDLE, "escape", "loss on the next batch", needs="replay"),
     # before kfac: what is learnt by heart shall not be learnt faster
-    Rule(Condition.SHARP, "sam", "the user's validation loss", switch=True, again=True, needs="validate"),
+    Rule(Condition.SHARP, "sam", "the user's validation loss", switch=True, again=True, leaves=("kfac",), needs="validate"),
     Rule(Condition.ILL_CONDITIONED, "kfac", "progress a step", switch=True),
 )
 
@@ -47,15 +48,20 @@ class RulePolicy:
     dwell: steps that a mode stays at least before another is tried. One trial at a time; what is urgent is treated at
     once. A treatment that was taken back waits twice as long each time (the controller keeps the date in
     `History.not_before`). A mode that was kept stays until the run breaks in it.
+
+    tries: modes that are tried also where nothing stands out, once the base has taken `after` steps: no number that a short
+    run can afford tells beforehand whether they are faster (docs/evidence.md, "length of kfac's steps"), their trial does.
     """
 
     dwell: int = 50
     table: Sequence[Rule] = TABLE
+    tries: Sequence[str] = ("kfac",)
+    after: int = 25
 
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         mode, reason, expects = history.mode, "", None
         if diagnosis.has(Condition.HEALTHY):  # alone, then, as in almost every step
-            return Decision(mode)
+            return self._untried(history) or Decision(mode)
         chosen: list[tuple[str, str]] = []  # intervention, why
         taken = False  # what is not urgent is treated one at a time
         for rule in self.table:
@@ -69,6 +75,16 @@ class RulePolicy:
                 chosen.append((rule.treatment, finding.evidence))
         return Decision(mode, tuple(name for name, _ in chosen), tuple(why for _, why in chosen), reason, expects)
 
+    def _untried(self, history: History) -> Decision | None:
+        """A mode whose trial nothing stands in the way of."""
+        if history.mode != "base" or history.trial is not None or history.step - history.mode_since < self.after:
+            return None
+        for name in self.tries:
+            there = history.available is None or name in history.available
+            if there and history.step >= history.not_before.get(name, 0):
+                return Decision(name, reason=f"nothing is wrong, and {name} may be faster", expects="progress a step")
+        return None
+
     def _allowed(self, rule: Rule, history: History) -> bool:
         if history.available is not None and rule.treatment not in history.available:
             return False
@@ -80,7 +96,7 @@ class RulePolicy:
             return True
         if history.trial is not None or history.step < history.not_before.get(rule.treatment, 0):
             return False
-        fits = history.mode == "base" or (rule.again and history.mode == rule.treatment)
+        fits = history.mode in ("base", *rule.leaves) or (rule.again and history.mode == rule.treatment)
         return not rule.switch or (fits and history.step - history.mode_since >= self.dwell)
 
 
@@ -97,5 +113,5 @@ class ConstantPolicy:
 
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         rows = [rule for rule in TABLE if rule.treatment in self.interventions]
-        decision = RulePolicy(table=rows).decide(diagnosis, history)
+        decision = RulePolicy(table=rows, tries=()).decide(diagnosis, history)
         return Decision(self.mode, decision.interventions, decision.reasons)

@@ -74,8 +74,7 @@ class Validation:
         """Steps of the run that a call has taken in measured time, rounded up to a power of two: noise seldom moves it."""
         if self.reproducible or not step or not self.calls:
             return 0.0
-        self.clock.settle()
-        training = self.clock.total - self.clock.probing
+        training = self.clock.training
         share = self.clock.probing / self.calls * step / training if training > 0 else 0.0
         return 2.0 ** math.ceil(math.log2(share)) if share > 0 else 0.0
 

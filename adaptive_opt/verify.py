@@ -20,7 +20,9 @@ ERRORS = 2.0  # standard errors that a difference must exceed to count as one
 LEVEL = 10  # losses whose median is a level
 FEWEST = 10  # losses from which a slope has an error worth the name
 FEWEST_LOOKS = 4  # at the validation loss, through which a line has an error
-MORE = 2  # times that a mode's trial is made longer where it tells nothing
+GAIN = 1.5  # times the base's progress that a mode must show (docs/evidence.md, "length of kfac's steps")
+SLOWER = 0.5  # of the base's progress: a mode that is slower than that is not given more time
+MORE = 3  # times that a mode's trial is made longer where it tells nothing
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Trial:
     before: Snapshot | None  # the way back
     validation: float | None = None  # the user's validation loss before a change of mode
     longer: int = 0  # times that it was made longer
+    seconds: float = 0.0  # that the run had taken, readings left out
 
     def state_dict(self) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k not in ("event", "before")}
@@ -67,35 +70,41 @@ def lower_level(before: float | None, since: Sequence[float]) -> Verdict:
     return Verdict(now < before, f"loss {before:.4g} -> {now:.4g}")
 
 
-def faster_progress(before: Sequence[float], since: Sequence[float]) -> Verdict:
+def faster_progress(before: Sequence[float], since: Sequence[float], at: int | None = None, price: float = 1.0) -> Verdict:
     """Relative progress a step, by least squares on the loss before the switch and since.
 
-    Kept where the loss is seen to fall, and no slower than before by two standard errors. Taken back where it is slower
-    beyond that, or the loss is seen to rise. Undecided in between: an error bar that hides whether it falls at all proves
-    nothing.
+    price: steps of the base that a step takes since; the progress counts in the base's.
+
+    at: the step of the switch. A loss falls about like a power of the step count: without a switch, what it gained in the
+    n' = n at / (at + n) steps before is what it would gain in the n since. Only those are compared, and their slope counts
+    n' / n. Without it a mode that is tried early would be held against the steep beginning.
+
+    Kept where the loss is seen to fall, faster than before by two standard errors, and `GAIN` times as fast. Taken back where
+    it is seen to be slower, or is less than `SLOWER` times as fast, or rises. Undecided in between.
     """
     if len(before) < FEWEST or len(since) < FEWEST:
         return Verdict(None, "too few losses to compare")
-    old, old_error = slope(before)
-    new, new_error = slope(since)  # negative when the loss falls
+    share = 1.0 if at is None else at / (at + len(since))
+    old, old_error = (share * x for x in slope(before[-max(round(share * len(since)), FEWEST) :]))
+    new, new_error = (x / price for x in slope(since))  # negative when the loss falls
     start, end = median(before[-LEVEL:]), median(since[-LEVEL:])
     error = math.hypot(old_error, new_error)
     words = (
-        f"progress {-old:.2e} +- {old_error:.1e} -> {-new:.2e} +- {new_error:.1e} of the loss a step, "
-        f"loss {start:.4g} -> {end:.4g}"
+        f"progress {-old:.2e} +- {old_error:.1e} -> {-new:.2e} +- {new_error:.1e} of the loss a step"
+        f"{f' of the base ({price:.3g} in one since)' if price > 1 else ''}, loss {start:.4g} -> {end:.4g}"
     )
-    if new - old > ERRORS * error:
+    if new - old > ERRORS * error or (old < -ERRORS * old_error and new > SLOWER * old):
         return Verdict(False, f"{words}: slower")
     if new > ERRORS * new_error and end > start:
         return Verdict(False, f"{words}: the loss rises")
-    if new < -ERRORS * new_error or old - new > ERRORS * error:
-        return Verdict(True, f"{words}: {'no slower' if new <= old else 'slower by less than the error'}")
-    return Verdict(None, f"{words}: the error hides it")
+    if new < min(GAIN * old, -ERRORS * new_error) and old - new > ERRORS * error:
+        return Verdict(True, f"{words}: faster")
+    return Verdict(None, f"{words}: too little to tell")
 
 
-def better_mode(trial: Trial, since: Sequence[float], validation: float | None) -> Verdict:
-    """A mode stays if it is not slower, and where the user shows a validation loss, only if that did not get worse."""
-    progress = faster_progress(trial.losses_before, since)
+def better_mode(trial: Trial, since: Sequence[float], validation: float | None, price: float = 1.0) -> Verdict:
+    """A mode stays if it is faster, and where the user shows a validation loss, only if that did not get worse."""
+    progress = faster_progress(trial.losses_before, since, trial.event.step, price)
     if validation is None or trial.validation is None:
         return progress
     words = f"validation loss {trial.validation:.4g} -> {validation:.4g}"

@@ -1,0 +1,80 @@
+"""The length of a mode's steps, from what the next gradient says of the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_opt.curvature import flatten
+from adaptive_opt.curvature.vectors import dot
+
+AVERAGED = 0.9  # what both slopes keep of their average at each step
+BOTTOM = 0.5  # overshoot of a step that ends at the bottom of its parabola
+GROWTH, SHRINK = 1.05, 0.5  # of the scale, a step
+FARTHEST = 10.0  # times the user's learning rate (docs/evidence.md, "length of kfac's steps")
+LEAST = 0.02  # overshoot: a slope that has hardly changed yet tells no more than that
+
+
+class StepLength:
+    """Scales the learning rate in a mode that it was not chosen for.
+
+    Along the step d just taken the loss has the slope g'd < 0 at its beginning, with g the gradient that it was taken on, and
+    h'd at its end, with h the next gradient. The parabola through both has overshoot (1 + h'd / |g'd|) / 2, which is 1/2
+    where d ends at the bottom. h is of another batch: what d owes to the noise of its own does not count as progress, and
+    where the gradient is mostly noise the overshoot is 1/2 by itself and the steps grow no further. The sign of h'd is the
+    hypergradient (Baydin et al., 2018); both slopes are averaged over some ten steps, as shares of |d| |g|.
+
+    It needs no replay: a copy of the parameters during the step and one of the step between two steps.
+    """
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self.end = self.start = 0.0  # averages of h'd and |g'd|, each over |d| |g|
+        self.indices: tuple[int, ...] = ()  # positions of the parameters that moved in the last step
+        self.moved: Tensor | None = None  # (n,): the last step; None: nothing to judge
+        self.slope: Tensor | None = None  # (2,): g'd and |d| |g| of it, still on the device
+
+    def judge(self, params: Sequence[Tensor], indices: Sequence[int]) -> None:
+        """With the gradients at the end of the last step: how far it went, and how long the coming one may be."""
+        if self.moved is None or self.slope is None or self.indices != tuple(indices):
+            return
+        start, size, end = torch.stack([*self.slope, dot(_gradients(params), self.moved)]).tolist()
+        self.forget()
+        if not size > 0 or not start < 0:
+            return  # it did not descend on its own batch: its length says nothing
+        self.end = AVERAGED * self.end + (1 - AVERAGED) * end / size
+        self.start = AVERAGED * self.start - (1 - AVERAGED) * start / size
+        overshoot = max((1 + self.end / self.start) / 2, LEAST)
+        self.scale = min(self.scale * min(max(BOTTOM / overshoot, SHRINK), GROWTH), FARTHEST)
+
+    @contextmanager
+    def watching(self, params: Sequence[Tensor], indices: Sequence[int]) -> Iterator[None]:
+        """The step is taken inside."""
+        before, g = flatten(params), _gradients(params)
+        yield
+        moved = flatten(params).sub_(before)
+        self.indices, self.moved = tuple(indices), moved
+        self.slope = torch.stack([dot(g, moved), dot(moved, moved).sqrt() * dot(g, g).sqrt()])
+
+    def forget(self) -> None:
+        """The parameters are no longer where the last step led."""
+        self.moved, self.slope, self.indices = None, None, ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any] | None) -> StepLength | None:
+        if state is None:
+            return None
+        length = cls()
+        vars(length).update({**state, "indices": tuple(state["indices"])})
+        return length
+
+
+def _gradients(params: Sequence[Tensor]) -> Tensor:
+    return flatten([p.grad for p in params if p.grad is not None])

@@ -33,7 +33,7 @@ from adaptive_opt.parallel import ALONE, ProcessLost, Team
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
 from adaptive_opt.records import Decision, Event, History, LayerReading, Look, Outlier, Reading, StepReport, Trend
-from adaptive_opt.signals import Signals
+from adaptive_opt.signals import TAIL, Signals
 from adaptive_opt.stays import Stays
 from adaptive_opt.validation import Validation
 from adaptive_opt.verify import MORE, Trial, Verdict
@@ -41,6 +41,7 @@ from adaptive_opt.verify import MORE, Trial, Verdict
 SAMPLE_EVERY = (
     10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
 )
+BEFORE = 100  # losses that a trial of a mode may be compared with
 MODE_TRIAL = 25  # steps that a mode is given to show its gain, and again as long as it is not slower
 LOOKS = 3  # at the validation loss in a trial that it decides
 TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, or a reading, asks the gate again
@@ -532,6 +533,7 @@ class Controller:
             can_replay=self.gate.trusted is True,
             can_validate=self.validate is not None and self.all_validate,
             stays=tuple(self.stays.stays),
+            ending=self._largest_lr < TAIL * self.signals.peak,
         )
 
     def _say_untreated(self, trend: Trend, decision: Decision, events: list[Event]) -> None:
@@ -559,7 +561,7 @@ class Controller:
                 if self.trial is not None:
                     events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
                 level = trend.usual_loss if trend.usual_loss is not None else trend.loss
-                self.trial = Trial(name, event, self.steps + applied.trial, level, self.signals.losses[-50:], applied.before)
+                self.trial = Trial(name, event, self.steps + applied.trial, level, before=applied.before)
             mode_then = self.mode
             if applied.back_to is not None:
                 self._restore(applied.back_to)
@@ -627,10 +629,11 @@ class Controller:
         events.append(event)
         if on_trial:
             looked = wanted == "sam" and self.validate is not None
-            until, losses = self.steps + self._trial_of(wanted), self.signals.losses[-50:]
+            until = self.steps + self._trial_of(wanted)
             shown = None if looked else self._validation()
             seconds = self.memory.clock.training
-            self.trial = Trial(wanted, event, until, trend.usual_loss, losses, before, shown, seconds=seconds)
+            steps, losses = (series[-BEFORE:] for series in (self.signals.loss_steps, self.signals.losses))
+            self.trial = Trial(wanted, event, until, trend.usual_loss, steps, losses, before, shown, seconds=seconds)
             if looked:
                 self.signals.forget()  # what was learnt by heart shall be lost: lost progress counts from here
 
@@ -691,7 +694,8 @@ class Controller:
             return verify.better_validation(before, self.validation.since(trial.event.step))
         if trial.name in self.modes:
             price = self.team.first(self._price(trial))  # each process measured its own time
-            return verify.better_mode(trial, since, self._validation(), price)
+            steps = [step for step in (*self.signals.loss_steps, self.steps) if step > trial.event.step][: len(since)]
+            return verify.better_mode(trial, (steps, since), self._validation(), price)
         return verify.lower_level(trial.level, since)
 
     def _price(self, trial: Trial) -> float:

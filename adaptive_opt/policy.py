@@ -77,7 +77,12 @@ class RulePolicy:
 
     def _untried(self, history: History) -> Decision | None:
         """A mode whose trial nothing stands in the way of."""
-        if history.mode != "base" or history.trial is not None or history.step - history.mode_since < self.after:
+        if (
+            history.ending
+            or history.mode != "base"
+            or history.trial is not None
+            or history.step - history.mode_since < self.after
+        ):
             return None
         for name in self.tries:
             there = history.available is None or name in history.available

@@ -266,3 +266,4 @@ class History:
     can_replay: bool = False
     can_validate: bool = False
     stays: tuple[Stay, ...] = ()  # the latest, oldest first; the last one is the present
+    ending: bool = False  # the schedule's learning rate is below a tenth of its peak

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
@@ -41,8 +41,9 @@ class Trial:
     event: Event
     until: int  # step of the verdict
     level: float | None  # the loss before
-    losses_before: list[float]
-    before: Snapshot | None  # the way back
+    steps_before: list[int] = field(default_factory=list[int])
+    losses_before: list[float] = field(default_factory=list[float])  # of those steps
+    before: Snapshot | None = None  # the way back
     validation: float | None = None  # the user's validation loss before a change of mode
     longer: int = 0  # times that it was made longer
     seconds: float = 0.0  # that the run had taken, readings left out
@@ -70,7 +71,10 @@ def lower_level(before: float | None, since: Sequence[float]) -> Verdict:
     return Verdict(now < before, f"loss {before:.4g} -> {now:.4g}")
 
 
-def faster_progress(before: Sequence[float], since: Sequence[float], at: int | None = None, price: float = 1.0) -> Verdict:
+Series = tuple[Sequence[int], Sequence[float]]  # steps, and the loss of each
+
+
+def faster_progress(before: Series, since: Series, at: int | None = None, price: float = 1.0) -> Verdict:
     """Relative progress a step, by least squares on the loss before the switch and since.
 
     price: steps of the base that a step takes since; the progress counts in the base's.
@@ -82,12 +86,16 @@ def faster_progress(before: Sequence[float], since: Sequence[float], at: int | N
     Kept where the loss is seen to fall, faster than before by two standard errors, and `GAIN` times as fast. Taken back where
     it is seen to be slower, or is less than `SLOWER` times as fast, or rises. Undecided in between.
     """
-    if len(before) < FEWEST or len(since) < FEWEST:
+    if min(len(before[1]), len(since[1])) < FEWEST:
         return Verdict(None, "too few losses to compare")
-    share = 1.0 if at is None else at / (at + len(since))
-    old, old_error = (share * x for x in slope(before[-max(round(share * len(since)), FEWEST) :]))
-    new, new_error = (x / price for x in slope(since))  # negative when the loss falls
-    start, end = median(before[-LEVEL:]), median(since[-LEVEL:])
+    share, span = 1.0, since[0][-1] - since[0][0] + 1
+    if at is not None:
+        share = at / (at + span)
+        near = sum(step >= at - share * span for step in before[0])
+        before = before[0][-max(near, FEWEST) :], before[1][-max(near, FEWEST) :]
+    old, old_error = (share * x for x in slope(before[1], before[0]))
+    new, new_error = (x / price for x in slope(since[1], since[0]))  # negative when the loss falls
+    start, end = median(before[1][-LEVEL:]), median(since[1][-LEVEL:])
     error = math.hypot(old_error, new_error)
     words = (
         f"progress {-old:.2e} +- {old_error:.1e} -> {-new:.2e} +- {new_error:.1e} of the loss a step"
@@ -102,9 +110,9 @@ def faster_progress(before: Sequence[float], since: Sequence[float], at: int | N
     return Verdict(None, f"{words}: too little to tell")
 
 
-def better_mode(trial: Trial, since: Sequence[float], validation: float | None, price: float = 1.0) -> Verdict:
+def better_mode(trial: Trial, since: Series, validation: float | None, price: float = 1.0) -> Verdict:
     """A mode stays if it is faster, and where the user shows a validation loss, only if that did not get worse."""
-    progress = faster_progress(trial.losses_before, since, trial.event.step, price)
+    progress = faster_progress((trial.steps_before, trial.losses_before), since, trial.event.step, price)
     if validation is None or trial.validation is None:
         return progress
     words = f"validation loss {trial.validation:.4g} -> {validation:.4g}"
@@ -145,7 +153,7 @@ def with_and_without(objective: Objective | None, values_before: Mapping[int, Te
     return Verdict(with_it < without, f"next batch's loss {without:.6g} without, {with_it:.6g} with it")
 
 
-def slope(losses: Sequence[float]) -> tuple[float, float]:
+def slope(losses: Sequence[float], steps: Sequence[int] | None = None) -> tuple[float, float]:
     """Slope a step of log(loss), or of loss / |mean| where it is not positive, and its standard error.
 
     Losses of neighbouring steps are alike: with residuals of lag-one autocorrelation r, n of them tell as much as
@@ -156,9 +164,10 @@ def slope(losses: Sequence[float]) -> tuple[float, float]:
     else:
         size = abs(sum(losses) / len(losses)) or 1.0
         y = [x / size for x in losses]
-    fit = linregress(range(len(y)), y)
+    x = range(len(y)) if steps is None else steps
+    fit = linregress(x, y)
     a, b = float(fit.intercept), float(fit.slope)  # pyright: ignore[reportAttributeAccessIssue]
-    residuals = [v - a - b * t for t, v in enumerate(y)]
+    residuals = [v - a - b * t for t, v in zip(x, y, strict=True)]
     variance = fmean(r * r for r in residuals)
     alike = fmean(r * s for r, s in pairwise(residuals)) / variance if variance > 0 else 0.0
     r = min(max(alike, 0.0), 0.9)  # fifty losses do not tell 0.9 from 1

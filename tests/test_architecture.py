@@ -19,6 +19,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "family": set(),
     "metric": {"curvature", "family"},
     "ahead": {"curvature", "metric", "objective"},
+    "length": {"curvature"},
     "layers": {"curvature", "parallel", "records"},
     "lipschitz": {"curvature", "layers", "parallel"},
     "clock": set(),
@@ -39,10 +40,10 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "gate": {"capture", "curvature", "modes", "objective", "parallel"},
     "modes": {"capture", "curvature", "family", "objective", "parallel", "records", "sharded"},
     "interventions": {"family", "metric", "modes", "objective", "records", "curvature", "probe", "sharded", "signals"},
-    "checkpoint": {"interventions", "modes", "records", "sharded", "verify"},
+    "checkpoint": {"interventions", "length", "modes", "records", "sharded", "verify"},
     "controller": {
-        "capture", "checkpoint", "curvature", "diagnosis", "gate", "interventions", "layers", "memory", "modes", "notice",
-        "objective", "parallel", "policy", "probe", "records", "signals", "stays", "validation", "verify",
+        "capture", "checkpoint", "curvature", "diagnosis", "gate", "interventions", "layers", "length", "memory", "modes",
+        "notice", "objective", "parallel", "policy", "probe", "records", "signals", "stays", "validation", "verify",
     },
     "optimizer": {
         "capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records", "sharded",

@@ -104,7 +104,7 @@ ABLE = History(step=200, can_replay=True, can_validate=True)
 @pytest.mark.parametrize(
     ("found", "history", "mode", "interventions"),
     [
-        ([Condition.HEALTHY], ABLE, "base", ()),
+        ([Condition.HEALTHY], replace(ABLE, step=24), "base", ()),
         ([Condition.NON_FINITE], ABLE, "base", ("rollback",)),
         ([Condition.DRIFTING, Condition.UNSTABLE], ABLE, "base", ("spectral", "damp")),  # what moves comes first
         ([Condition.SADDLE], ABLE, "base", ("escape",)),
@@ -115,7 +115,8 @@ ABLE = History(step=200, can_replay=True, can_validate=True)
         ([Condition.ILL_CONDITIONED], replace(ABLE, not_before={"kfac": 300}), "base", ()),  # cool-down
         ([Condition.SHARP], ABLE, "sam", ()),
         ([Condition.SHARP], replace(ABLE, can_validate=False), "base", ()),  # only validation shows what SAM is worth
-        ([Condition.SHARP], replace(ABLE, mode="kfac"), "kfac", ()),  # one mode at a time
+        ([Condition.SHARP], replace(ABLE, mode="kfac"), "sam", ()),  # what is learnt by heart shall not be learnt faster
+        ([Condition.ILL_CONDITIONED], replace(ABLE, mode="sam"), "sam", ()),  # one mode at a time
         ([Condition.NON_FINITE], replace(ABLE, trial="kfac"), "base", ("rollback",)),  # urgent
         (
             [Condition.NON_FINITE, Condition.BROKEN, Condition.DRIFTING, Condition.UNSTABLE, Condition.SADDLE, Condition.SHARP],
@@ -132,6 +133,26 @@ def test_the_table_decides(found, history, mode, interventions):
     decision = RulePolicy().decide(of(*found), history)
     assert (decision.mode, decision.interventions) == (mode, interventions)
     assert decision.reasons == tuple(f"because {c}" for c in found[: len(interventions)])
+
+
+@pytest.mark.parametrize(
+    ("history", "mode"),
+    [
+        (ABLE, "kfac"),
+        (replace(ABLE, step=24), "base"),  # the base has shown nothing yet
+        (replace(ABLE, mode_since=190), "base"),
+        (replace(ABLE, trial="spectral"), "base"),
+        (replace(ABLE, not_before={"kfac": 300}), "base"),
+        (replace(ABLE, available=frozenset({"base", "sam"})), "base"),
+        (replace(ABLE, ending=True), "base"),  # its gain would come too late
+        (replace(ABLE, mode="sam"), "sam"),
+    ],
+)
+def test_kfac_is_tried_where_nothing_stands_in_the_way(history, mode):
+    calm = of(Condition.HEALTHY)
+    decision = RulePolicy().decide(calm, history)
+    assert (decision.mode, decision.expects is not None) == (mode, mode == "kfac")
+    assert RulePolicy(tries=()).decide(calm, history).mode == history.mode
 
 
 def test_a_constant_policy_does_nothing_but_what_it_was_allowed():

@@ -1,0 +1,110 @@
+"""The length of kfac's steps as a treatment: from what the next gradient says of the last one."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from test_contracts import assert_equal
+
+from adaptive_opt import AdaptiveOptimizer, LanczosProbe
+from adaptive_opt.length import FARTHEST, GROWTH, StepLength
+from experiments.tasks.canyon import Canyon
+
+
+def descend(curvatures, lr, steps, noise=0.0, seed=0):
+    """Gradient descent on a parabola with gradients of fresh noise, its steps scaled by a StepLength."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.nn.Parameter(torch.full((len(curvatures),), 3.0))
+    h = torch.tensor(curvatures)
+    length, overshoots = StepLength(), []
+    for _ in range(steps):
+        w.grad = h * w.detach() + noise * torch.randn(w.shape, generator=generator)
+        length.judge([w], [0])
+        with length.watching([w], [0]), torch.no_grad():
+            w.sub_(lr * length.scale * w.grad)
+        overshoots.append(lr * length.scale * curvatures[0] / 2)
+    return length, overshoots
+
+
+def test_a_step_that_is_too_short_grows_until_it_ends_at_the_bottom():
+    _, overshoots = descend([1.0], lr=0.2, steps=60)
+    assert overshoots[0] == pytest.approx(0.1)
+    assert 0.4 < overshoots[-1] < 0.6
+    assert all(b <= GROWTH * a * (1 + 1e-6) for a, b in pairwise(overshoots))
+    assert descend([1.0], lr=1e-4, steps=300)[0].scale == FARTHEST
+
+
+def test_a_step_that_is_too_long_is_cut_before_it_explodes():
+    _, overshoots = descend([1.0], lr=3.0, steps=60)  # above the limit of 2: three times too long, growing without it
+    assert overshoots[-1] < 1
+
+
+def test_where_the_gradient_is_noise_steps_do_not_grow_to_the_bottom_of_their_own_batch():
+    # at the bottom of the valley the slope along the step is all the batch's own, and the next batch knows nothing of it
+    quiet = descend([1.0], lr=0.02, steps=400)[0].scale
+    noisy = descend([1.0], lr=0.02, steps=400, noise=30.0)[0].scale
+    assert quiet == FARTHEST
+    assert noisy < 0.7 * quiet
+
+
+def test_what_cannot_be_judged_changes_nothing():
+    w = torch.nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    length = StepLength()
+    length.judge([w], [0])  # no step yet
+    with length.watching([w], [0]), torch.no_grad():
+        w.add_(w.grad)  # uphill
+    length.judge([w], [0])
+    assert length.scale == 1.0
+    with length.watching([w], [0]), torch.no_grad():
+        w.sub_(0.1 * w.grad)
+    length.judge([w], [1])  # another parameter has the gradient now
+    assert length.scale == 1.0
+    length.forget()
+    length.judge([w], [0])
+    assert length.scale == 1.0
+
+
+class Run:
+    """The canyon with AdamW: kfac is tried at step 25 and kept."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.task = Canyon(seed=0)
+        base = torch.optim.AdamW(self.task.model.parameters(), lr=0.03)
+        probe = LanczosProbe(overhead=0.05, price=1.0)
+        self.optimizer = AdaptiveOptimizer(base, self.task.model, loss_fn=self.task.loss_fn, probe=probe)
+        self.done, self.losses, self.said = 0, [], []
+
+    def to(self, step):
+        for i in range(self.done, step):
+            x, y = self.task.batch(i)
+            self.optimizer.zero_grad()
+            loss = self.task.loss_fn(self.task.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.losses.append(loss.item())
+            self.said += [event.sentence() for event in self.optimizer.report.events]
+        self.done = step
+        return self
+
+
+def test_the_rules_try_kfac_on_a_canyon_and_keep_it():
+    run = Run().to(150)
+    assert any("kfac may be faster" in line and "-> kept" in line for line in run.said), run.said
+    assert run.optimizer.report.mode == "kfac"
+    assert run.optimizer.control.length.scale > 1
+    assert run.optimizer.report.lr_scale == run.optimizer.control.length.scale
+    assert run.losses[-1] < 1e-2 * run.losses[25]
+
+
+def test_a_run_resumed_among_kfacs_steps_goes_on_bit_for_bit():
+    whole, first, second = Run(), Run().to(40), Run()
+    second.task.model.load_state_dict(first.task.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.done = 40
+    whole.to(90)
+    second.to(90)
+    assert_equal(whole.task.model.state_dict().values(), second.task.model.state_dict().values())
+    assert whole.optimizer.control.length.scale == second.optimizer.control.length.scale

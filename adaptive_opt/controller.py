@@ -632,7 +632,7 @@ class Controller:
             until = self.steps + self._trial_of(wanted)
             shown = None if looked else self._validation()
             seconds = self.memory.clock.training
-            steps, losses = (series[-BEFORE:] for series in (self.signals.loss_steps, self.signals.losses))
+            steps, losses = self.signals.loss_steps[-BEFORE:], self.signals.losses[-BEFORE:]
             self.trial = Trial(wanted, event, until, trend.usual_loss, steps, losses, before, shown, seconds=seconds)
             if looked:
                 self.signals.forget()  # what was learnt by heart shall be lost: lost progress counts from here

@@ -352,7 +352,7 @@ class Controller:
 
     def _due(self, ctx: StepContext, trend: Trend, alarm: bool, ahead: bool) -> str | None:
         """What the schedule wants. `ahead`: looks ahead stand in for the early readings and for those after an alarm."""
-        early = not (ahead or self._looks)
+        early = ctx.mode.steps_as_base and not (ahead or self._looks)  # in another rule's steps they show nothing
         watchful, alarm, first = self._watchful, alarm and not ahead, not ahead
         asked = partial(self.probe.due, trend, self.memory, watchful=watchful, alarm=alarm, early=early, first=first)
         if ctx.costs is None and asked(*self.probe.least) is None:
@@ -547,6 +547,8 @@ class Controller:
         """The interventions decided on; True when one of them stands in for this step."""
         ctx, trend = patient.ctx, patient.trend
         for name, why in zip(decision.interventions, decision.reasons, strict=True):
+            if self.trial is not None and self.trial.name in self.modes and name not in ("damp", "rollback"):
+                self._break_off(name, ctx, events)  # that mode was tried without a cause, and here is one
             applied: Applied | None = self.interventions[name].apply(patient)
             self._failed(ctx, events)
             if applied is None:
@@ -580,6 +582,14 @@ class Controller:
             if applied.last:
                 break
         return False
+
+    def _break_off(self, name: str, ctx: StepContext, events: list[Event]) -> None:
+        """A mode's trial ends without a verdict."""
+        assert self.trial is not None
+        events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
+        self.not_before[self.trial.name] = self.steps + COOL_DOWN
+        self.trial = None
+        self._enter("base", ctx)
 
     def _moved(self, name: str, mode_then: str, ctx: StepContext, events: list[Event]) -> None:
         """The parameters jumped: what was averaged is of another place, and a mode in which the run broke is out."""
@@ -639,7 +649,7 @@ class Controller:
 
     def _trial_of(self, mode: str) -> int:
         """Steps: sam's needs looks at the validation loss."""
-        return max(MODE_TRIAL, LOOKS * self.validation.spacing + 1) if mode == "sam" else MODE_TRIAL
+        return max(2 * MODE_TRIAL, LOOKS * self.validation.spacing + 1) if mode == "sam" else MODE_TRIAL
 
     def _enter(self, mode: str, ctx: StepContext, as_treatment: bool = False) -> None:
         self.modes[self.mode].exit(ctx)

@@ -46,8 +46,9 @@ class RulePolicy:
     """The table above, with dwell time and cool-down.
 
     dwell: steps that a mode stays at least before another is tried. One trial at a time; what is urgent is treated at
-    once. A treatment that was taken back waits twice as long each time (the controller keeps the date in
-    `History.not_before`). A mode that was kept stays until the run breaks in it.
+    once, and what calls for an intervention while a mode is only tried ends that trial. A treatment that was taken back waits
+    twice as long each time (the controller keeps the date in `History.not_before`). A mode that was kept stays until the
+    run breaks in it.
 
     tries: modes that are tried also where nothing stands out, once the base has taken `after` steps: no number that a short
     run can afford tells beforehand whether they are faster (docs/evidence.md, "length of kfac's steps"), their trial does.
@@ -99,7 +100,8 @@ class RulePolicy:
             return False
         if rule.urgent:
             return True
-        if history.trial is not None or history.step < history.not_before.get(rule.treatment, 0):
+        busy = history.trial is not None and (rule.switch or history.trial not in self.tries)
+        if busy or history.step < history.not_before.get(rule.treatment, 0):
             return False
         fits = history.mode in ("base", *rule.leaves) or (rule.again and history.mode == rule.treatment)
         return not rule.switch or (fits and history.step - history.mode_since >= self.dwell)

@@ -304,9 +304,19 @@ class LanczosProbe(Schedule):
         try:
             with target.replay() as evaluate:
                 measured, skipped = measure_layers(model, evaluate, memory.generator, kinds=self.layers, team=target.team)
-        except RuntimeError as error:  # a checkpointed block will not have its input watched
-            notes.append(f"layers, lipschitz: not measured ({str(error).partition(chr(10))[0]})")
-            return draft, fraction * GRADIENT
+        except Exception as error:
+            why, cost = str(error).partition("\n")[0], fraction * GRADIENT
+            if target is not objective:  # a cut input may not be what the model expects
+                memory.whole = True
+                found, spent = self._layers(objective, model, memory, draft, notes)
+                memory.whole = bool(found.layers)
+                if found.layers:
+                    notes.insert(0, f"fraction: the batch cannot be cut ({why}), it is measured whole")
+                return found, cost + spent
+            if not isinstance(error, RuntimeError):
+                raise
+            notes.append(f"layers, lipschitz: not measured ({why})")  # a checkpointed block will not have its input watched
+            return draft, cost
         notes.extend(f"layers: {layer}" for layer in skipped)
         if not measured and not skipped:
             notes.append("layers: the model has no layer of these kinds that the replay calls")

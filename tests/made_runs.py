@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from adaptive_opt import AdaptiveOptimizer, LanczosProbe
+from adaptive_opt import AdaptiveOptimizer, LanczosProbe, RulePolicy
 from adaptive_opt.records import Condition, Decision, Diagnosis, Event, Finding, LayerReading, Reading, StepReport
 from adaptive_opt.telemetry import JsonlSink, to_json
 from experiments.loop import train
@@ -27,7 +27,9 @@ def healthy_run(folder, steps=40):
 
 def _train(task, base, probe, folder):
     sink = JsonlSink(folder, {"task": type(task).__name__}, seed=0)
-    train(task, AdaptiveOptimizer(base, task.model, loss_fn=task.loss_fn, probe=probe, sinks=[sink]))
+    train(
+        task, AdaptiveOptimizer(base, task.model, loss_fn=task.loss_fn, probe=probe, policy=RulePolicy(tries=()), sinks=[sink])
+    )
     sink.close()
     return folder
 

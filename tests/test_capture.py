@@ -178,7 +178,7 @@ def test_accumulated_micro_batches_are_replayed_together(weights):
 
 def test_accumulated_micro_batches_take_part_in_a_small_reading():
     problem = make("mlp", 4)
-    optimizer = wrap(problem.model, problem.criterion, probe=LanczosProbe(overhead=1.0, num_steps=3))
+    optimizer = wrap(problem.model, problem.criterion, probe=LanczosProbe(overhead=1.0, num_steps=3), interventions={})
     for x, y in problem.batches:
         (problem.criterion(problem.model(x), y) / 4).backward()
     x, y = problem.batches[0]

@@ -117,6 +117,8 @@ ABLE = History(step=200, can_replay=True, can_validate=True)
         ([Condition.SHARP], replace(ABLE, can_validate=False), "base", ()),  # only validation shows what SAM is worth
         ([Condition.SHARP], replace(ABLE, mode="kfac"), "sam", ()),  # what is learnt by heart shall not be learnt faster
         ([Condition.ILL_CONDITIONED], replace(ABLE, mode="sam"), "sam", ()),  # one mode at a time
+        ([Condition.SADDLE], replace(ABLE, trial="spectral"), "base", ()),
+        ([Condition.SADDLE], replace(ABLE, mode="kfac", trial="kfac"), "kfac", ("escape",)),  # that was tried without a cause
         ([Condition.NON_FINITE], replace(ABLE, trial="kfac"), "base", ("rollback",)),  # urgent
         (
             [Condition.NON_FINITE, Condition.BROKEN, Condition.DRIFTING, Condition.UNSTABLE, Condition.SADDLE, Condition.SHARP],

@@ -8,16 +8,16 @@ from problems import make
 from test_contracts import assert_equal, through_checkpoint
 from torch import nn
 
-from adaptive_opt import AdaptiveOptimizer, LanczosProbe
+from adaptive_opt import AdaptiveOptimizer, LanczosProbe, RulePolicy
 from adaptive_opt.interventions import RunningStatistics
 from experiments.tasks.digits import Digits
 
-PROBE = LanczosProbe(overhead=0.05, price=1.0)
+PROBE, RULES = LanczosProbe(overhead=0.05, price=1.0), RulePolicy(tries=())
 
 
 def trained(task, base, broken, steps=150):
     """Train with the batches of the steps in `broken` times 1000; returns the events' sentences."""
-    optimizer = AdaptiveOptimizer(base(task.model.parameters()), task.model, loss_fn=task.loss_fn, probe=PROBE)
+    optimizer = AdaptiveOptimizer(base(task.model.parameters()), task.model, loss_fn=task.loss_fn, probe=PROBE, policy=RULES)
     said = []
     for step in range(steps):
         x, y = task.batch(step)
@@ -61,7 +61,7 @@ class Loop:
         self.problem, self.broken, self.scale = make("cnn", 120, seed=seed), broken, scale
         self.model, self.norm = self.problem.model, self.problem.model[1]
         base = torch.optim.AdamW(self.model.parameters(), 3e-3)
-        self.optimizer = AdaptiveOptimizer(base, self.model, loss_fn=self.problem.criterion, probe=PROBE)
+        self.optimizer = AdaptiveOptimizer(base, self.model, loss_fn=self.problem.criterion, probe=PROBE, policy=RULES)
         self.said, self.done = [], 0
 
     def to(self, step):

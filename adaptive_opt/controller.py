@@ -36,7 +36,7 @@ from adaptive_opt.records import Decision, Event, History, LayerReading, Look, O
 from adaptive_opt.signals import TAIL, Signals
 from adaptive_opt.stays import Stays
 from adaptive_opt.validation import Validation
-from adaptive_opt.verify import MORE, Trial, Verdict
+from adaptive_opt.verify import FEWEST, MORE, Trial, Verdict
 
 SAMPLE_EVERY = (
     10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
@@ -212,8 +212,25 @@ class Controller:
         return scale if self.length is None else scale * self.length.scale
 
     @property
+    def _held(self) -> float:
+        """The share that damp leaves of the user's step; an automatic one holds nothing back."""
+        return 1.0 if self.damp is None or self._looks else min(self.damp.scale, 1.0)
+
+    @property
+    def _validates(self) -> bool:
+        """There is a validation loss, on every process."""
+        return self.validate is not None and self.all_validate
+
+    @property
+    def _training(self) -> float:
+        """Seconds that the run's own steps have taken: readings and looks at the validation loss are left out."""
+        return self.memory.clock.training - self.validation.clock.probing
+
+    @property
     def _watchful(self) -> bool:
-        """Something holds the step short and has to be followed closely."""
+        """Something holds the step short and has to be followed closely, and can be."""
+        if not self.modes[self.mode].steps_as_base:
+            return False
         return any(getattr(i, "watched", getattr(i, "scale", 1.0) < 1) for i in self.interventions.values())
 
     @property
@@ -280,7 +297,7 @@ class Controller:
             except Exception as error:
                 ctx.failure = error
                 self._failed(ctx, events)
-        trend = self.signals.judge(self.steps, value, size, self._largest_lr * self.lr_scale)
+        trend = self.signals.judge(self.steps, value, size, self._largest_lr, self._held)
         if self.rollback is not None and self.rollback.cliffs:
             trend = replace(trend, rising=False)
         return replace(trend, poison=poison) if poison is not None and trend.finite and not trend.spike else trend
@@ -488,7 +505,7 @@ class Controller:
     def _look(self, ctx: StepContext, sick: bool, events: list[Event]) -> Sequence[Look] | None:
         """All looks at the user's validation loss, in a step with a new one; None where there is no such loss."""
         v = self.validation
-        if self.validate is None or not self.all_validate or self.probe.idle:
+        if not self._validates or self.probe.idle:
             return None
         if sick or ctx.short or not v.due(self.steps):
             return ()
@@ -496,8 +513,24 @@ class Controller:
         if not v.due(self.steps):
             return ()
         samples = None if ctx.objective is None else ctx.objective.batch_size
+        asked = self._ask(None if samples is None else samples / self.team.size, events)
+        if asked is None:
+            return None
+        value, counted = asked
+        ctx.cost += counted
+        v.remember(self.steps, value, counted, self.signals.losses)
+        return [v.looks[0], *v.since(self.mode_since)] if self.mode == "sam" else v.looks
+
+    def _ask(self, samples: float | None, events: list[Event]) -> tuple[float, float] | None:
+        """The processes' mean validation loss, and what it cost in gradient-equivalents. Leaves no trace in the run.
+
+        None where it raised: then it is said, and asked for no more.
+        """
+        validate = self.validate
+        assert validate is not None
+        ask = partial(self.validation.ask, validate, all_params(self.base), self.gate.model, samples)
         try:
-            value, counted = self._ask(None if samples is None else samples / self.team.size)
+            value, counted = self.team.sums(self.team.together(ask))
         except ProcessLost:
             raise
         except Exception as error:
@@ -507,16 +540,6 @@ class Controller:
                 warn(f"adaptive_opt asks for no validation loss any more: {why}")
             events.append(Event(self.steps, "validate", why, "asked for no more", "done"))
             return None
-        ctx.cost += counted
-        v.remember(self.steps, value, counted, self.signals.losses)
-        return [v.looks[0], *v.since(self.mode_since)] if self.mode == "sam" else v.looks
-
-    def _ask(self, samples: float | None) -> tuple[float, float]:
-        """The processes' mean validation loss, and what it cost in gradient-equivalents. Leaves no trace in the run."""
-        validate = self.validate
-        assert validate is not None
-        ask = partial(self.validation.ask, validate, all_params(self.base), self.gate.model, samples)
-        value, counted = self.team.sums(self.team.together(ask))
         return value / self.team.size, counted / self.team.size
 
     # ---- decide and act -----------------------------------------------------------------------------------------
@@ -531,7 +554,8 @@ class Controller:
             kappas=tuple(self.kappas),
             available=self.available,
             can_replay=self.gate.trusted is True,
-            can_validate=self.validate is not None and self.all_validate,
+            can_validate=self._validates,
+            can_try=len(self.signals.losses) >= FEWEST and not self.probe.idle and self._held == 1,
             stays=tuple(self.stays.stays),
             ending=self._largest_lr < TAIL * self.signals.peak,
         )
@@ -611,6 +635,9 @@ class Controller:
         elsewhere = self.rollback is not None and self.rollback.device is not None
         device = all_params(self.base)[0].device if elsewhere else None
         self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state, device))
+        self.validation.forget(snapshot.step)
+        if self.length is not None:
+            self.length.forget()
         if self.mode != snapshot.mode:
             self.mode, self.mode_since, self.length = snapshot.mode, self.steps, None
             self._listen()
@@ -623,7 +650,10 @@ class Controller:
         if self.modes[wanted].needs_replay and not (self.gate.trusted or self._trust(ctx, events)):
             return
         on_trial = decision.expects is not None and wanted != "base"
+        looked = wanted == "sam" and self._validates
+        shown = self._validation(events) if on_trial and not looked else None
         before = Snapshot.take(self.steps, ctx) if on_trial else None
+        length = self.length
         done = f"switched from {old} to {wanted}"
         stronger: Callable[[], str | None] = getattr(self.modes[wanted], "stronger", lambda: None)
         if wanted != old:
@@ -638,12 +668,10 @@ class Controller:
         event = Event(self.steps, wanted, why, done, "pending" if on_trial else "done")
         events.append(event)
         if on_trial:
-            looked = wanted == "sam" and self.validate is not None
             until = self.steps + self._trial_of(wanted)
-            shown = None if looked else self._validation()
-            seconds = self.memory.clock.training
             steps, losses = self.signals.loss_steps[-BEFORE:], self.signals.losses[-BEFORE:]
-            self.trial = Trial(wanted, event, until, trend.usual_loss, steps, losses, before, shown, seconds=seconds)
+            self.trial = Trial(wanted, event, until, trend.usual_loss, steps, losses, before, shown)
+            self.trial.seconds, self.trial.length = self._training, None if length is None else length.state_dict()
             if looked:
                 self.signals.forget()  # what was learnt by heart shall be lost: lost progress counts from here
 
@@ -667,7 +695,7 @@ class Controller:
             return False
         self.trial = None
         try:
-            verdict = self._judge(trial, trend, ctx)
+            verdict = self._judge(trial, trend, ctx, events)
         except Exception as error:
             self._distrust(error, events)
             verdict = Verdict(True, "no verdict: the batch could not be evaluated again")
@@ -693,31 +721,31 @@ class Controller:
         self._wait(trial.name)
         return self._take_back(trial, ctx)
 
-    def _judge(self, trial: Trial, trend: Trend, ctx: StepContext) -> Verdict:
+    def _judge(self, trial: Trial, trend: Trend, ctx: StepContext, events: list[Event]) -> Verdict:
         if trial.name == "escape" and trial.until == trial.event.step + 1:
             ctx.cost += 2 * FORWARD
             return verify.with_and_without(ctx.objective, trial.before.values(self.base) if trial.before else {})
         since = self.signals.since(trial.event.step + 1) + ([] if trend.loss is None else [trend.loss])
-        if trial.name == "sam" and self.validate is not None:
+        if trial.name == "sam" and self._validates:
             looks = self.validation.looks
             before = [look for look in looks if look.step <= trial.event.step]
             return verify.better_validation(before, self.validation.since(trial.event.step))
         if trial.name in self.modes:
             price = self.team.first(self._price(trial))  # each process measured its own time
             steps = [step for step in (*self.signals.loss_steps, self.steps) if step > trial.event.step][: len(since)]
-            return verify.better_mode(trial, (steps, since), self._validation(), price)
+            return verify.better_mode(trial, (steps, since), self._validation(events), price)
         return verify.lower_level(trial.level, since)
 
     def _price(self, trial: Trial) -> float:
         """Steps of the run before that a step of the mode on trial takes in measured time; 1 where no time is kept.
 
-        A power of the square root of two, rounded up, so that runs that differ by the clock's noise seldom differ in it.
+        To the nearest power of the square root of two, so that runs that differ by the clock's noise seldom differ in it.
         """
-        before, since = trial.seconds, self.memory.clock.training - trial.seconds
+        before, since = trial.seconds, self._training - trial.seconds
         if not before > 0 or not since > 0:
             return 1.0
         ratio = (since / (self.steps - trial.event.step)) / (before / trial.event.step)
-        return 2.0 ** max(math.ceil(2 * math.log2(ratio)) / 2, 0.0)
+        return 2.0 ** max(round(2 * math.log2(ratio)) / 2, 0.0)
 
     def _take_back(self, trial: Trial, ctx: StepContext) -> bool:
         """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there."""
@@ -725,13 +753,16 @@ class Controller:
             self.modes[trial.name].load_state_dict(copied(trial.before.mode_state))
         elif trial.name in self.modes:
             self._enter("base", ctx)
-            if trial.level is not None and self.signals.losses and median(self.signals.losses[-10:]) <= trial.level:
+            losses = self.signals.losses
+            no_higher = trial.level is None or not losses or median(losses[-10:]) <= trial.level  # or nothing shows that it is
+            if no_higher and trial.name != "sam":  # what is learnt by heart has a low loss
                 return False
         if trial.before is None:
             return False
         self._restore(trial.before)
+        self.length = StepLength.from_state_dict(trial.length)
+        self.mode_is_treatment = self.length is not None
         self.statistics.restore()
-        self.validation.forget(trial.before.step)
         return True
 
     def _wait(self, name: str) -> None:
@@ -740,10 +771,11 @@ class Controller:
         first = MODE_COOL_DOWN if name in self.modes else COOL_DOWN
         self.not_before[name] = self.steps + first * 2 ** min(self.failures[name] - 1, 10)
 
-    def _validation(self) -> float | None:
-        if self.validate is None or not self.all_validate:
+    def _validation(self, events: list[Event]) -> float | None:
+        asked = self._ask(None, events) if self._validates else None
+        if asked is None:
             return None
-        value, counted = self._ask(None)
+        value, counted = asked
         self.treatment_cost += counted
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +45,7 @@ class StepLength:
             return
         start, size, end = torch.stack([*self.slope, dot(_gradients(params), self.moved)]).tolist()
         self.forget()
-        if not size > 0 or not start < 0:
+        if not size > 0 or not start < 0 or not math.isfinite(start * end / size):
             return  # it did not descend on its own batch: its length says nothing
         self.end = AVERAGED * self.end + (1 - AVERAGED) * end / size
         self.start = AVERAGED * self.start - (1 - AVERAGED) * start / size

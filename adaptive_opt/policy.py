@@ -79,7 +79,8 @@ class RulePolicy:
     def _untried(self, history: History) -> Decision | None:
         """A mode whose trial nothing stands in the way of."""
         if (
-            history.ending
+            not history.can_try
+            or history.ending
             or history.mode != "base"
             or history.trial is not None
             or history.step - history.mode_since < self.after

@@ -36,8 +36,11 @@ class Signals:
         self.best_loss: float | None = None  # lowest running median
         self.peak = 0.0  # the largest learning rate so far
 
-    def judge(self, step: int, loss: float | None, grad_norm: float | None, lr: float = 1.0) -> Trend:
-        """The Trend of a step that has not been taken yet; nothing but the largest learning rate is remembered."""
+    def judge(self, step: int, loss: float | None, grad_norm: float | None, lr: float = 1.0, held: float = 1.0) -> Trend:
+        """The Trend of a step that has not been taken yet; nothing but the largest learning rate is remembered.
+
+        held: the share of that rate that the step is held at; one held short stands still by itself.
+        """
         self.peak = max(self.peak, lr)
         finite = all(x is None or math.isfinite(x) for x in (loss, grad_norm))
         level = median(self.losses[-20:]) if self.losses else None
@@ -49,7 +52,7 @@ class Signals:
             usual_grad_norm=median(self.norms[-20:]) if self.norms else None,
             finite=finite,
             spike=finite and self._spike(loss, grad_norm),
-            stalled=lr >= TAIL * self.peak and self._stalled(),
+            stalled=held * lr >= TAIL * self.peak and self._stalled(),
             rising=loss is not None and self._rising(loss),
             lost=self._lost(level),
         )
@@ -139,6 +142,8 @@ class Signals:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})
+        if len(self.losses) != len(self.loss_steps) or len(self.norms) != len(self.norm_steps):
+            self.losses, self.norms, self.loss_steps, self.norm_steps = [], [], [], []  # an older version kept no steps
 
 
 def _faded(values: list[float]) -> float:

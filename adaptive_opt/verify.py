@@ -47,6 +47,7 @@ class Trial:
     validation: float | None = None  # the user's validation loss before a change of mode
     longer: int = 0  # times that it was made longer
     seconds: float = 0.0  # that the run had taken, readings left out
+    length: dict[str, Any] | None = None  # the state of the step length in the mode before
 
     def state_dict(self) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k not in ("event", "before")}
@@ -58,6 +59,8 @@ class Trial:
 
     @classmethod
     def from_state_dict(cls, d: dict[str, Any] | None) -> Trial | None:
+        if d is not None and "steps_before" not in d:  # of an older version: nothing to compare with
+            d = {**d, "losses_before": [], "steps_before": []}
         return (
             None if d is None else cls(**{**d, "event": Event(**d["event"]), "before": Snapshot.from_state_dict(d["before"])})
         )
@@ -84,7 +87,7 @@ def faster_progress(before: Series, since: Series, at: int | None = None, price:
     n' / n. Without it a mode that is tried early would be held against the steep beginning.
 
     Kept where the loss is seen to fall, faster than before by two standard errors, and `GAIN` times as fast. Taken back where
-    it is seen to be slower, or is less than `SLOWER` times as fast, or rises. Undecided in between.
+    it is seen to be slower, or less than `SLOWER` times as fast as a base that falls, or to rise. Undecided in between.
     """
     if min(len(before[1]), len(since[1])) < FEWEST:
         return Verdict(None, "too few losses to compare")

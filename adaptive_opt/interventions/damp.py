@@ -148,8 +148,8 @@ class Damp:
         return {k: getattr(self, k) for k in self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for k in self.state:
-            setattr(self, k, state[k])
+        for k in self.state:  # an older checkpoint has not all of them
+            setattr(self, k, state.get(k, getattr(self, k)))
 
 
 def fraction_of_limit(base: Optimizer) -> float:

@@ -183,5 +183,6 @@ class Rollback:
         self.best = self.latest if state["shared"] else Snapshot.from_state_dict(state["best"], self.device)
         self.best_level, self.bad, self.good = state["best_level"], state["bad"], state["good"]
         self.returns, self.scale = state["returns"], state["scale"]
-        self.clip, self.clipped, self.cliffs, self.learned = (state[k] for k in ("clip", "clipped", "cliffs", "learned"))
+        for k in ("clip", "clipped", "cliffs", "learned"):  # older checkpoints have none of them
+            setattr(self, k, state.get(k, getattr(self, k)))
         self.first.load_state_dict(state["first"])

@@ -47,8 +47,9 @@ class LanczosProbe(Schedule):
     closely, on credit. `LanczosProbe(overhead=0)` never measures unless `probe_now()` is called.
 
     The schedule counts in gradient-equivalents. What one of them takes in the run's own steps is its `price`: None measures it
-    at steps 128, 256, 512, ... (process time on the CPU, events on CUDA), rounds it up to a power of two, and spaces the
-    readings out by it; a number fixes it, and the schedule is a function of the seed alone.
+    at steps 128, 256, 512, ... (process time on the CPU, events on CUDA), rounds it up to a power of the root of two, and
+    spaces the readings out by it; a number fixes it, and the schedule is a function of the seed alone. So does a trial of a
+    mode count in measured time, and with a number in steps.
 
     num_steps: Lanczos steps of each run in a full reading. tol: if given, stop a run early once both ends of the spectrum
     are known to tol * epsilon (costs a host synchronisation every few steps). delta_tol: eigenvalues below

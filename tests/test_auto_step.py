@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
+from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy
 from adaptive_opt.ahead import overshoot_ahead
 from adaptive_opt.interventions import AutoStep
 from adaptive_opt.interventions.auto_step import BEYOND, GROWTH
@@ -124,7 +124,13 @@ def looked(steps=60, clip=None, **kwargs):
     """Losses, and what was spent so far, of a captured run, where the hooks see the loss."""
     model, loss_fn = Two(), nn.CrossEntropyLoss()
     opt = AdaptiveOptimizer(
-        AdamW(model.parameters(), lr=1e-4), model, loss_fn=loss_fn, step_size="auto", probe=LanczosProbe(price=1.0), **kwargs
+        AdamW(model.parameters(), lr=1e-4),
+        model,
+        loss_fn=loss_fn,
+        step_size="auto",
+        probe=LanczosProbe(price=1.0),
+        policy=RulePolicy(tries=()),
+        **kwargs,
     )
     g = torch.Generator().manual_seed(1)
     losses, spent = [], []

@@ -66,6 +66,54 @@ def test_what_cannot_be_judged_changes_nothing():
     assert length.scale == 1.0
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_length_as_it_was():
+    w = torch.nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    length = StepLength()
+    with length.watching([w], [0]), torch.no_grad():
+        w.sub_(0.1 * w.grad)
+    w.grad = torch.full((3,), float("nan"))
+    length.judge([w], [0])
+    assert (length.scale, length.end) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.filterwarnings("ignore:adaptive_opt cannot evaluate this loss again")
+def test_no_mode_is_tried_where_no_loss_is_seen(seen):
+    run = Run()
+    if not seen:  # no model, no closure: gradients alone
+        run.optimizer = AdaptiveOptimizer(torch.optim.AdamW(run.task.model.parameters(), lr=0.03))
+    run.to(30)
+    assert any("kfac" in line for line in run.said) is seen
+
+
+def test_no_mode_is_tried_while_the_step_is_held():
+    run = Run()
+    run.optimizer.control.damp.scale, run.optimizer.control.damp.since = 0.5, 0
+    run.optimizer.control.damp.follow = lambda reading: None  # goes on holding
+    run.optimizer.control.damp.look = lambda *seen: None
+    run.optimizer.control.damp.asks = lambda step: False
+    assert not any("kfac" in line for line in run.to(40).said)
+
+
+def test_a_validation_loss_that_raises_in_the_middle_of_a_trial_is_said_and_the_run_goes_on():
+    run, calls = Run(), []
+
+    def validate():
+        calls.append(run.optimizer.steps)
+        if run.optimizer.steps >= 25:
+            raise OSError("the disk is gone")
+        return 1.0
+
+    run.optimizer.control.validate = validate
+    with pytest.warns(UserWarning, match="the disk is gone"):
+        run.to(60)
+    assert sum("the disk is gone" in line for line in run.said) == 1
+    assert run.optimizer.control.validate is None
+    assert run.optimizer.control.gate.trusted is True
+    assert any("switched from base to kfac" in line for line in run.said)
+
+
 class Run:
     """The canyon with AdamW: kfac is tried at step 25 and kept."""
 
@@ -108,3 +156,22 @@ def test_a_run_resumed_among_kfacs_steps_goes_on_bit_for_bit():
     second.to(90)
     assert_equal(whole.task.model.state_dict().values(), second.task.model.state_dict().values())
     assert whole.optimizer.control.length.scale == second.optimizer.control.length.scale
+
+
+def test_a_checkpoint_of_before_there_were_lengths_and_looks_goes_on():
+    first, second = Run().to(40), Run()
+    state = copy.deepcopy(first.optimizer.state_dict())
+    old = state["adaptive"]
+    del old["length"]
+    for name in ("clip", "clipped", "cliffs", "learned"):
+        del old["interventions"]["rollback"][name]
+    for name in ("loss_steps", "norm_steps"):
+        del old["signals"][name]
+    for name in ("steps_before", "seconds", "length"):
+        del old["trial"][name]
+    second.task.model.load_state_dict(first.task.model.state_dict())
+    second.optimizer.load_state_dict(state)
+    second.done = 40
+    second.to(160)
+    assert second.optimizer.control.gate.trusted is True
+    assert all(p.isfinite().all() for p in second.task.model.parameters())

@@ -657,6 +657,8 @@ class Controller:
         done = f"switched from {old} to {wanted}"
         stronger: Callable[[], str | None] = getattr(self.modes[wanted], "stronger", lambda: None)
         if wanted != old:
+            if wanted == "base" and self.mode_is_treatment:
+                self._wait(old)
             self._enter(wanted, ctx, as_treatment=on_trial)
             if on_trial and wanted not in self.failures and (words := stronger()) is not None:  # see sam.py, DOSES
                 done = f"{done}, {words}"

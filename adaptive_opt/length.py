@@ -15,6 +15,7 @@ from adaptive_opt.curvature.vectors import dot
 
 AVERAGED = 0.9  # what both slopes keep of their average at each step
 BOTTOM = 0.5  # overshoot of a step that ends at the bottom of its parabola
+SHORT = 0.35  # overshoot below which a step longer than the user's is worth its noise
 GROWTH, SHRINK = 1.05, 0.5  # of the scale, a step
 FARTHEST = 10.0  # times the user's learning rate (docs/evidence.md, "length of kfac's steps")
 LEAST = 0.02  # overshoot: a slope that has hardly changed yet tells no more than that
@@ -26,8 +27,9 @@ class StepLength:
     Along the step d just taken the loss has the slope g'd < 0 at its beginning, with g the gradient that it was taken on, and
     h'd at its end, with h the next gradient. The parabola through both has overshoot (1 + h'd / |g'd|) / 2, which is 1/2
     where d ends at the bottom. h is of another batch: what d owes to the noise of its own does not count as progress, and
-    where the gradient is mostly noise the overshoot is 1/2 by itself and the steps grow no further. The sign of h'd is the
-    hypergradient (Baydin et al., 2018); both slopes are averaged over some ten steps, as shares of |d| |g|.
+    where the gradient is mostly noise the overshoot is 1/2 by itself. So a step grows beyond the user's only while it is
+    clearly short of the bottom, comes back to the user's where it is not, and is cut where it goes beyond. The sign of h'd is
+    the hypergradient (Baydin et al., 2018); both slopes are averaged over some ten steps, as shares of |d| |g|.
 
     It needs no replay: a copy of the parameters during the step and one of the step between two steps.
     """
@@ -50,7 +52,14 @@ class StepLength:
         self.end = AVERAGED * self.end + (1 - AVERAGED) * end / size
         self.start = AVERAGED * self.start - (1 - AVERAGED) * start / size
         overshoot = max((1 + self.end / self.start) / 2, LEAST)
-        self.scale = min(self.scale * min(max(BOTTOM / overshoot, SHRINK), GROWTH), FARTHEST)
+        if overshoot > BOTTOM:
+            self.scale *= max(BOTTOM / overshoot, SHRINK)
+        elif self.scale < 1:
+            self.scale = min(self.scale * GROWTH, 1.0)
+        elif overshoot < SHORT:
+            self.scale = min(self.scale * GROWTH, FARTHEST)
+        else:
+            self.scale = max(self.scale / GROWTH, 1.0)
 
     @contextmanager
     def watching(self, params: Sequence[Tensor], indices: Sequence[int]) -> Iterator[None]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 from adaptive_opt.records import Condition, Decision, Diagnosis, History
+
+LEVELS = 5  # medians of ten steps' losses, twice: the gain of a mode over the last hundred steps
 
 
 class Policy(Protocol):
@@ -52,6 +55,7 @@ class RulePolicy:
 
     tries: modes that are tried also where nothing stands out, once the base has taken `after` steps: no number that a short
     run can afford tells beforehand whether they are faster (docs/evidence.md, "length of kfac's steps"), their trial does.
+    They are left when they gain no more.
     """
 
     dwell: int = 50
@@ -62,7 +66,7 @@ class RulePolicy:
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         mode, reason, expects = history.mode, "", None
         if diagnosis.has(Condition.HEALTHY):  # alone, then, as in almost every step
-            return self._untried(history) or Decision(mode)
+            return self._untried(history) or self._no_gain(history) or Decision(mode)
         chosen: list[tuple[str, str]] = []  # intervention, why
         taken = False  # what is not urgent is treated one at a time
         for rule in self.table:
@@ -75,6 +79,18 @@ class RulePolicy:
             else:
                 chosen.append((rule.treatment, finding.evidence))
         return Decision(mode, tuple(name for name, _ in chosen), tuple(why for _, why in chosen), reason, expects)
+
+    def _no_gain(self, history: History) -> Decision | None:
+        """Out of a mode that was tried once it gains no more: where the rest is noise the base settles lower."""
+        levels = history.stays[-1].levels[-2 * LEVELS :] if history.stays else ()
+        if history.mode not in self.tries or history.trial is not None or len(levels) < 2 * LEVELS:
+            return None
+        before, now = median(levels[:LEVELS]), median(levels[LEVELS:])
+        if now < before:
+            return None
+        return Decision(
+            reason=f"{history.mode} gains no more: loss {before:.4g} -> {now:.4g} over the last {20 * LEVELS} steps"
+        )
 
     def _untried(self, history: History) -> Decision | None:
         """A mode whose trial nothing stands in the way of."""

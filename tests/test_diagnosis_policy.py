@@ -6,7 +6,7 @@ import pytest
 
 from adaptive_opt import Condition, ConstantPolicy, LayerReading, Reading, RulePolicy
 from adaptive_opt.diagnosis import diagnose
-from adaptive_opt.records import Diagnosis, Finding, History, Trend
+from adaptive_opt.records import Diagnosis, Finding, History, Stay, Trend
 from adaptive_opt.signals import JUMP_GRAD, STALL, Signals
 
 CALM = Trend(step=100, loss=1.0, grad_norm=1.0)
@@ -135,6 +135,18 @@ def test_the_table_decides(found, history, mode, interventions):
     decision = RulePolicy().decide(of(*found), history)
     assert (decision.mode, decision.interventions) == (mode, interventions)
     assert decision.reasons == tuple(f"because {c}" for c in found[: len(interventions)])
+
+
+@pytest.mark.parametrize(
+    ("levels", "mode"),
+    [((2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0), "kfac"), ((1.0,) * 10, "base"), ((1.0,) * 9, "kfac")],
+)
+def test_a_mode_that_was_only_tried_is_left_when_it_gains_no_more(levels, mode):
+    there = replace(ABLE, mode="kfac", stays=(Stay("kfac", 25, 175, 175.0, levels),))
+    decision = RulePolicy().decide(of(Condition.HEALTHY), there)
+    assert decision.mode == mode
+    assert ("gains no more" in decision.reason) is (mode == "base")
+    assert RulePolicy(tries=()).decide(of(Condition.HEALTHY), there).mode == "kfac"
 
 
 @pytest.mark.parametrize(

@@ -10,4 +10,4 @@ args = TrainingArguments("runs/trainer", max_steps=20, per_device_train_batch_si
 trainer = Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=(AdaptiveFactory, {"lr": 1e-3}))
 trainer.add_callback(LogReadings(trainer))
 trainer.train()
-print([line for line in trainer.state.log_history if "adaptive/reading/stability" in line])
+print([line for line in trainer.state.log_history if any("adaptive/sigma_rms" in key for key in line)])

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parents[2]
 SAID = {  # what each shows of a reading
-    "with_huggingface.py": "adaptive/reading/stability",
+    "with_huggingface.py": "adaptive/sigma_rms/classifier",
     "with_accelerate.py": "Reading(step=",
     "with_lightning.py": "",
 }
@@ -26,7 +26,7 @@ def test_an_example_is_short_and_runs(name, tmp_path):
     assert SAID[name] in done.stdout
     if name == "with_lightning.py":
         log = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
-        assert log.Scalars("adaptive/reading/stability")
+        assert any(tag.startswith("adaptive/") for tag in log.Tags()["scalars"])
 
 
 @pytest.mark.slow

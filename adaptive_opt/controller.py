@@ -751,9 +751,9 @@ class Controller:
 
     def _take_back(self, trial: Trial, ctx: StepContext) -> bool:
         """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there."""
-        if trial.before is not None and trial.before.mode == trial.name:  # a larger dose of the same
-            self.modes[trial.name].load_state_dict(copied(trial.before.mode_state))
-        elif trial.name in self.modes:
+        larger_dose = trial.before is not None and trial.before.mode == trial.name  # of the mode that goes on
+        of_a_mode = trial.name in self.modes and not larger_dose
+        if of_a_mode:
             self._enter("base", ctx)
             losses = self.signals.losses
             no_higher = trial.level is None or not losses or median(losses[-10:]) <= trial.level  # or nothing shows that it is
@@ -762,8 +762,9 @@ class Controller:
         if trial.before is None:
             return False
         self._restore(trial.before)
-        self.length = StepLength.from_state_dict(trial.length)
-        self.mode_is_treatment = self.length is not None
+        if of_a_mode:  # the mode before is on again, as it was
+            self.length = StepLength.from_state_dict(trial.length)
+            self.mode_is_treatment = self.length is not None
         self.statistics.restore()
         return True
 

@@ -24,9 +24,8 @@ from adaptive_opt.controller import OVERSHOOTS
 from adaptive_opt.diagnosis import Thresholds
 from adaptive_opt.objective import ReplayError
 from experiments.clinic.arms import base_of
-from experiments.clinic.run import loss_of
 from experiments.clinic.workloads import WORKLOADS
-from experiments.tasks.base import Task
+from experiments.tasks.base import Task, loss_of, source_of
 from scripts.bench_treatments import RATES
 
 STEPS = (0, 1, 2, 4, 8, 16, 32)
@@ -46,10 +45,8 @@ def starts(seed: int) -> Iterator[tuple[str, Task, Optimizer]]:
 
 def seen(task: Task, base: Optimizer, shares: list[float]) -> Iterator[tuple[int, bool, list[bool]]]:
     """Step, whether the step is too long by its reading, and whether a look at each share asks for that reading."""
-    given = getattr(task, "objective", None)
-    source = {"objective": given} if given is not None else {"loss_fn": task.loss_fn}
     optimizer = AdaptiveOptimizer(
-        base, task.model, **source, probe=LanczosProbe(overhead=0), policy=ConstantPolicy("base", ("damp",))
+        base, task.model, **source_of(task), probe=LanczosProbe(overhead=0), policy=ConstantPolicy("base", ("damp",))
     )
     control, limits = optimizer.control, Thresholds()
     torch.manual_seed(1000)

@@ -25,9 +25,9 @@ from adaptive_opt.records import Reading, chains  # noqa: E402
 from adaptive_opt.signals import LEARNED, WINDOW  # noqa: E402
 from experiments.clinic.arms import base_of  # noqa: E402
 from experiments.clinic.records import BASES  # noqa: E402
-from experiments.clinic.run import loss_of  # noqa: E402
 from experiments.clinic.workloads import WORKLOADS  # noqa: E402
 from experiments.faults import Faults  # noqa: E402
+from experiments.tasks.base import loss_of, source_of  # noqa: E402
 
 HEALTHY = [w.name for w in WORKLOADS.values() if w.healthy]
 SICK = ["lr x10", "lr x100", "corrupted batches", "layers x3", "layers x0.4", "one layer x30"]
@@ -40,9 +40,8 @@ def extremes(workload: str, base: str, seed: int, steps: int | None) -> Numbers:
     w = WORKLOADS[workload]
     task = w.task(seed)
     inner = base_of(base, task.model, w.rates[base] * w.factor)
-    source: dict[str, Any] = {"objective": o} if (o := getattr(task, "objective", None)) else {"loss_fn": task.loss_fn}
     probe = LanczosProbe(every=EVERY, num_steps=6)
-    optimizer = AdaptiveOptimizer(inner, task.model, policy=ConstantPolicy(), probe=probe, **source)
+    optimizer = AdaptiveOptimizer(inner, task.model, policy=ConstantPolicy(), probe=probe, **source_of(task))
     faults = Faults(*w.faults, seed=seed) if w.faults is not None else None
     torch.manual_seed(1000 + seed)
     total = min(task.steps, steps or task.steps)

@@ -8,7 +8,10 @@ import torch
 from test_contracts import assert_equal
 
 from adaptive_opt import AdaptiveOptimizer, LanczosProbe
+from adaptive_opt.interventions import Snapshot
 from adaptive_opt.length import FARTHEST, GROWTH, StepLength
+from adaptive_opt.records import Event
+from adaptive_opt.verify import Trial
 from experiments.tasks.canyon import Canyon
 
 
@@ -145,6 +148,15 @@ def test_the_rules_try_kfac_on_a_canyon_and_keep_it():
     assert run.optimizer.control.length.scale > 1
     assert run.optimizer.report.lr_scale == run.optimizer.control.length.scale
     assert run.losses[-1] < 1e-2 * run.losses[25]
+
+
+def test_what_is_taken_back_within_kfac_leaves_it_a_treatment_with_its_length():
+    control = Run().to(150).optimizer.control
+    scale = control.length.scale
+    ctx = control.gate.context(control.modes["kfac"])
+    control._take_back(Trial("escape", Event(150, "escape", "", ""), 151, None, before=Snapshot.take(150, ctx)), ctx)
+    assert (control.mode, control.mode_is_treatment, control.length.scale) == ("kfac", True, scale)
+    assert control.length.moved is None
 
 
 def test_a_run_resumed_among_kfacs_steps_goes_on_bit_for_bit():

@@ -41,6 +41,7 @@ from adaptive_opt.verify import FEWEST, MORE, Trial, Verdict
 SAMPLE_EVERY = (
     10  # steps at first, and steps between later looks at a loss that nothing else shows (objective= without a closure)
 )
+SAMPLE_TRIED = 2  # while a mode is on trial: the verdict needs FEWEST of MODE_TRIAL steps
 BEFORE = 100  # losses that a trial of a mode may be compared with
 MODE_TRIAL = 25  # steps that a mode is given to show its gain, and again as long as it is not slower
 LOOKS = 3  # at the validation loss in a trial that it decides
@@ -289,7 +290,8 @@ class Controller:
         poison = self.statistics.judge(self.steps, rest[0]) if moments is not None else None
         value, size, poison = self._agree(ctx, value, size, poison)
         unseen = value is None and self.gate.given is not None and self.gate.trusted
-        due = self.steps < SAMPLE_EVERY or self.steps % SAMPLE_EVERY == 0
+        tried = self.trial is not None and self.trial.name in self.modes
+        due = self.steps < SAMPLE_EVERY or self.steps % (SAMPLE_TRIED if tried else SAMPLE_EVERY) == 0
         if unseen and due and ctx.objective is not None:
             self.memory.spent += FORWARD
             try:

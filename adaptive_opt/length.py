@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptive_opt.curvature import flatten
-from adaptive_opt.curvature.vectors import dot
+from adaptive_opt.curvature.vectors import dot, norm, unflatten, whole
+from adaptive_opt.sharded import placed
 
 AVERAGED = 0.9  # what both slopes keep of their average at each step
 BOTTOM = 0.5  # overshoot of a step that ends at the bottom of its parabola
@@ -19,6 +21,7 @@ SHORT = 0.35  # overshoot below which a step longer than the user's is worth its
 GROWTH, SHRINK = 1.05, 0.5  # of the scale, a step
 FARTHEST = 10.0  # times the user's learning rate (docs/evidence.md, "length of kfac's steps")
 LEAST = 0.02  # overshoot: a slope that has hardly changed yet tells no more than that
+RECENT = 10  # steps: "lately"
 
 
 class StepLength:
@@ -29,7 +32,12 @@ class StepLength:
     where d ends at the bottom. h is of another batch: what d owes to the noise of its own does not count as progress, and
     where the gradient is mostly noise the overshoot is 1/2 by itself. So a step grows beyond the user's only while it is
     clearly short of the bottom, comes back to the user's where it is not, and is cut where it goes beyond. The sign of h'd is
-    the hypergradient (Baydin et al., 2018); both slopes are averaged over some ten steps, as shares of |d| |g|.
+    the hypergradient (Baydin et al., 2018); both slopes are averaged over some ten steps, as shares of |d| |g|. The overshoot
+    of a parabola is proportional to the step: what is cut once is taken off the average, or old steps would cut again.
+
+    The averages come too late where the loss falls off a plateau, into a valley it has not seen: the gradient grows from
+    step to step, and the steps with it. So while it is larger than lately, a step beyond the user's is held to a little more
+    than the longest of the last ones.
 
     It needs no replay: a copy of the parameters during the step and one of the step between two steps.
     """
@@ -39,21 +47,29 @@ class StepLength:
         self.end = self.start = 0.0  # averages of h'd and |g'd|, each over |d| |g|
         self.indices: tuple[int, ...] = ()  # positions of the parameters that moved in the last step
         self.moved: Tensor | None = None  # (n,): the last step; None: nothing to judge
-        self.slope: Tensor | None = None  # (2,): g'd and |d| |g| of it, still on the device
+        self.slope: Tensor | None = None  # (4,): g'd, |g|, |d| and the share it was held to, still on the device
+        self.sizes: list[float] = []  # |d| of the last steps
+        self.norms: list[float] = []  # |g| that they were taken on
 
     def judge(self, params: Sequence[Tensor], indices: Sequence[int]) -> None:
         """With the gradients at the end of the last step: how far it went, and how long the coming one may be."""
         if self.moved is None or self.slope is None or self.indices != tuple(indices):
             return
-        start, size, end = torch.stack([*self.slope, dot(_gradients(params), self.moved)]).tolist()
+        start, g, d, held, end = torch.stack([*self.slope, dot(_gradients(params), self.moved)]).tolist()
         self.forget()
+        size = g * d
+        if math.isfinite(size):
+            self.scale *= held
+            self.sizes, self.norms = [*self.sizes, d][-RECENT:], [*self.norms, g][-RECENT:]
         if not size > 0 or not start < 0 or not math.isfinite(start * end / size):
             return  # it did not descend on its own batch: its length says nothing
         self.end = AVERAGED * self.end + (1 - AVERAGED) * end / size
         self.start = AVERAGED * self.start - (1 - AVERAGED) * start / size
         overshoot = max((1 + self.end / self.start) / 2, LEAST)
         if overshoot > BOTTOM:
-            self.scale *= max(BOTTOM / overshoot, SHRINK)
+            cut = max(BOTTOM / overshoot, SHRINK)
+            self.scale *= cut
+            self.end = (2 * cut * overshoot - 1) * self.start
         elif self.scale < 1:
             self.scale = min(self.scale * GROWTH, 1.0)
         elif overshoot < SHORT:
@@ -67,8 +83,15 @@ class StepLength:
         before, g = flatten(params), _gradients(params)
         yield
         moved = flatten(params).sub_(before)
+        length, size = norm(moved), norm(g)
+        held = torch.ones_like(length)
+        if self.scale > 1 and self.sizes:
+            most = (GROWTH * max(self.sizes) / length).clamp(1 / self.scale, 1)
+            held = torch.where(size > median(self.norms), most, held)
+            _hold(params, before, 1 - held)
+            moved, length = moved.mul_(held), length * held
         self.indices, self.moved = tuple(indices), moved
-        self.slope = torch.stack([dot(g, moved), dot(moved, moved).sqrt() * dot(g, g).sqrt()])
+        self.slope = torch.stack([dot(g, moved), size, length, held])
 
     def forget(self) -> None:
         """The parameters are no longer where the last step led."""
@@ -82,8 +105,17 @@ class StepLength:
         if state is None:
             return None
         length = cls()
+        if "sizes" not in state:  # of an older version, whose last step says less
+            state = {**state, "moved": None}
         vars(length).update({**state, "indices": tuple(state["indices"])})
         return length
+
+
+@torch.no_grad()
+def _hold(params: Sequence[Tensor], before: Tensor, share: Tensor) -> None:
+    """This share of the way back to where they were; none leaves them as they are, bit for bit."""
+    for p, old in zip(params, unflatten(before, [whole(p) for p in params]), strict=True):
+        p.lerp_(placed(old, p), share.to(p.dtype))
 
 
 def _gradients(params: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "family": set(),
     "metric": {"curvature", "family"},
     "ahead": {"curvature", "metric", "objective"},
-    "length": {"curvature"},
+    "length": {"curvature", "sharded"},
     "layers": {"curvature", "parallel", "records"},
     "lipschitz": {"curvature", "layers", "parallel"},
     "clock": set(),

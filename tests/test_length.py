@@ -13,6 +13,7 @@ from adaptive_opt.length import FARTHEST, GROWTH, StepLength
 from adaptive_opt.records import Event
 from adaptive_opt.verify import Trial
 from experiments.tasks.canyon import Canyon
+from experiments.tasks.poisson import Poisson
 
 
 def descend(curvatures, lr, steps, noise=0.0, seed=0):
@@ -41,6 +42,55 @@ def test_a_step_that_is_too_short_grows_until_it_ends_near_the_bottom():
 def test_a_step_that_is_too_long_is_cut_before_it_explodes():
     _, overshoots = descend([1.0], lr=3.0, steps=60)  # above the limit of 2: three times too long, growing without it
     assert overshoots[-1] < 1
+
+
+def test_an_overshoot_is_cut_once_and_not_again_for_as_long_as_it_is_remembered():
+    _, overshoots = descend([1.0], lr=3.0, steps=60)
+    assert min(overshoots) > 0.25
+
+
+def test_while_the_gradient_grows_a_longer_step_grows_no_faster_than_it_may_and_is_never_shorter_than_the_users():
+    # off a plateau: w grows by 2 % a step of the user's, and by 20 % a step at ten times that
+    w = torch.nn.Parameter(torch.full((3,), 1e-3))
+    length, taken, own = StepLength(), [], []
+    for _ in range(120):
+        w.grad = -w.detach().clone()
+        length.judge([w], [0])
+        before = w.detach().clone()
+        with length.watching([w], [0]), torch.no_grad():
+            w.sub_(0.02 * length.scale * w.grad)
+        taken.append(float((w.detach() - before).norm()))
+        own.append(0.02 * float(before.norm()))
+    assert all(b <= GROWTH * a * (1 + 1e-5) for a, b in pairwise(taken))
+    assert all(step >= user * (1 - 1e-5) for step, user in zip(taken, own, strict=True))
+    assert taken[-1] / own[-1] == pytest.approx(length.scale / GROWTH, rel=1e-2)  # of the step to come, held in its turn
+    assert 2 < taken[-1] / own[-1] < 3
+
+
+def held(growth, scale=8.0):
+    """A step `growth` times as long as the one before and on a gradient twice as large, with `scale` times the user's rate."""
+    w = torch.nn.Parameter(torch.zeros(3))
+    length = StepLength()
+    for lr in (0.1, 0.1 * growth / 2):
+        w.grad = -torch.ones(3) if w.grad is None else 2 * w.grad
+        length.judge([w], [0])
+        length.scale, before = scale, w.detach().clone()
+        with length.watching([w], [0]), torch.no_grad():
+            w.sub_(lr * w.grad)
+    taken = float((w.detach() - before)[0])
+    w.grad = 2 * w.grad
+    length.judge([w], [0])
+    return taken, length.scale
+
+
+@pytest.mark.parametrize(
+    ("growth", "taken"), [(1.0, 0.1), (1.04, 0.104), (4.0, 0.1 * GROWTH), (100.0, 10 / 8)], ids=["0%", "4%", "x4", "x100"]
+)
+def test_a_step_that_is_held_is_that_long_and_its_scale_says_so(growth, taken):
+    step, scale = held(growth)
+    assert step == pytest.approx(taken, rel=1e-5)
+    assert scale == pytest.approx(8 * taken / (0.1 * growth) * GROWTH, rel=1e-5)
+    assert held(growth, scale=1.0)[0] == pytest.approx(0.1 * growth, rel=1e-5)  # the user's own are never held
 
 
 def test_where_the_gradient_is_noise_the_steps_are_no_longer_than_the_users():
@@ -168,6 +218,20 @@ def test_a_run_resumed_among_kfacs_steps_goes_on_bit_for_bit():
     second.to(90)
     assert_equal(whole.task.model.state_dict().values(), second.task.model.state_dict().values())
     assert whole.optimizer.control.length.scale == second.optimizer.control.length.scale
+
+
+def test_off_a_plateau_the_rules_steps_down_a_pinn_do_not_break():
+    task = Poisson(seed=0, steps=500)
+    base = torch.optim.SGD(task.model.parameters(), lr=1e-4, momentum=0.9)
+    optimizer, said = AdaptiveOptimizer(base, task.model, objective=task.objective, probe=LanczosProbe(price=1.0)), []
+    for _ in range(150):  # nothing but the objective shows the loss
+        optimizer.zero_grad()
+        task.objective().backward()
+        optimizer.step()
+        said += [event.sentence() for event in optimizer.report.events]
+    assert any("kfac may be faster" in line and "-> kept" in line for line in said), said
+    assert not any("rollback" in line or "went back" in line for line in said), said
+    assert task.objective().item() < 100  # 600 at the start and, with one scale of ten, back there
 
 
 def test_a_checkpoint_of_before_there_were_lengths_and_looks_goes_on():

@@ -375,7 +375,9 @@ def rows_kept(call: ModelCall, fraction: float) -> int | None:
 
 def batch_size(call: ModelCall) -> int | None:
     """First dimension of the first tensor among the model's inputs."""
-    first = next(tensors_in(call.inputs), None)
+    args: Any = call.inputs[0] if isinstance(call.inputs, tuple) and call.inputs else ()
+    plain = isinstance(args, tuple) and args and isinstance(args[0], Tensor)  # as in almost every step, which asks for it
+    first = args[0] if plain else next(tensors_in(call.inputs), None)
     return None if first is None or first.dim() == 0 else first.shape[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -215,7 +215,8 @@ class Controller:
     @property
     def _held(self) -> float:
         """The share that damp leaves of the user's step; an automatic one holds nothing back."""
-        return 1.0 if self.damp is None or self._looks else min(self.damp.scale, 1.0)
+        damp = self.damp
+        return 1.0 if damp is None or damp.looks else min(damp.scale, 1.0)
 
     @property
     def _validates(self) -> bool:
@@ -258,12 +259,8 @@ class Controller:
             if done is not None:
                 seen = "a signal that keeps its size over a long sequence meets cliffs"
                 events.append(Event(self.steps, "spectral", seen, done, "done"))
-        watched = nullcontext()
-        if self.length is not None:
-            self.length.judge(ctx.params, ctx.indices)
-            watched = self.length.watching(ctx.params, ctx.indices)
-        held = overridden(self.base.param_groups, lr=lambda lr: lr * self.lr_scale) if self.lr_scale != 1 else nullcontext()
-        with held, watched:
+        watched = nullcontext() if self.length is None else self.length.watching(ctx.params, ctx.indices)
+        with watched, self._at_scale():  # in this order: watching sets the scale
             ctx.mode.step(ctx)
         self._failed(ctx, events)
         self.signals.remember(trend)
@@ -273,12 +270,16 @@ class Controller:
             rollback.good_step()
             self.statistics.keep()
 
+    def _at_scale(self) -> AbstractContextManager[None]:
+        scale = self.lr_scale
+        return nullcontext() if scale == 1 else overridden(self.base.param_groups, lr=lambda lr: lr * scale)
+
     # ---- measure ------------------------------------------------------------------------------------------------
 
     def _trend(self, ctx: StepContext, loss: Any, events: list[Event]) -> Trend:
         """The free signals, with one synchronisation of the host."""
-        moments = None
-        if self.rollback is not None:
+        moments, rollback = None, self.rollback
+        if rollback is not None:
             self.statistics.attach(self.gate.model)  # the policy may be another than it was
             moments = self.statistics.look()
         value = loss if loss is not None else self.gate.loss()
@@ -300,7 +301,7 @@ class Controller:
                 ctx.failure = error
                 self._failed(ctx, events)
         trend = self.signals.judge(self.steps, value, size, self._largest_lr, self._held)
-        if self.rollback is not None and self.rollback.cliffs:
+        if rollback is not None and rollback.cliffs:
             trend = replace(trend, rising=False)
         return replace(trend, poison=poison) if poison is not None and trend.finite and not trend.spike else trend
 
@@ -426,7 +427,8 @@ class Controller:
     @property
     def _looks(self) -> bool:
         """The step size comes from looks ahead."""
-        return self.damp is not None and self.damp.looks
+        damp = self.damp
+        return damp is not None and damp.looks
 
     def _read(self, objective: Objective, mode: Mode, kind: str, whole: bool = False, layers: bool = True) -> Reading:
         """What is known of the coming step holds where the mode steps by the base's rule in the parameters' own basis."""

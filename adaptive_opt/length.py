@@ -51,18 +51,40 @@ class StepLength:
         self.sizes: list[float] = []  # |d| of the last steps
         self.norms: list[float] = []  # |g| that they were taken on
 
-    def judge(self, params: Sequence[Tensor], indices: Sequence[int]) -> None:
-        """With the gradients at the end of the last step: how far it went, and how long the coming one may be."""
-        if self.moved is None or self.slope is None or self.indices != tuple(indices):
-            return
-        start, g, d, held, end = torch.stack([*self.slope, dot(_gradients(params), self.moved)]).tolist()
+    @contextmanager
+    def watching(self, params: Sequence[Tensor], indices: Sequence[int]) -> Iterator[None]:
+        """Judges the last step by the gradients at its end; the coming one is taken inside, at `scale`."""
+        g, before = _gradients(params), flatten(params)
+        size = norm(g)
+        grown = self._judge(g, size, tuple(indices))
+        yield
+        moved = flatten(params).sub_(before)
+        length = norm(moved)
+        held = torch.ones_like(length)
+        if grown and self.scale > 1:
+            held = (GROWTH * max(self.sizes) / length).clamp(1 / self.scale, 1)
+            _hold(params, before, 1 - held)
+            moved, length = moved.mul_(held), length * held
+        self.indices, self.moved = tuple(indices), moved
+        self.slope = torch.stack([dot(g, moved), size, length, held])
+
+    def _judge(self, h: Tensor, norm_now: Tensor, indices: tuple[int, ...]) -> bool:
+        """How far the last step went, and how long the coming one may be; whether the gradient is larger than lately."""
+        if self.moved is None or self.slope is None or self.indices != indices:
+            return False
+        *told, now = torch.cat([self.slope, torch.stack([dot(h, self.moved), norm_now])]).tolist()
+        start, before, length, held, end = told
         self.forget()
-        size = g * d
+        size = before * length
         if math.isfinite(size):
             self.scale *= held
-            self.sizes, self.norms = [*self.sizes, d][-RECENT:], [*self.norms, g][-RECENT:]
-        if not size > 0 or not start < 0 or not math.isfinite(start * end / size):
-            return  # it did not descend on its own batch: its length says nothing
+            self.sizes, self.norms = [*self.sizes, length][-RECENT:], [*self.norms, before][-RECENT:]
+        if size > 0 and start < 0 and math.isfinite(start * end / size):  # else its length says nothing: it did not descend
+            self._follow(start, end, size)
+        return bool(self.norms) and now > median(self.norms)
+
+    def _follow(self, start: float, end: float, size: float) -> None:
+        """The scale, after a step with these slopes at its two ends, on a loss as steep as `size` at most."""
         self.end = AVERAGED * self.end + (1 - AVERAGED) * end / size
         self.start = AVERAGED * self.start - (1 - AVERAGED) * start / size
         overshoot = max((1 + self.end / self.start) / 2, LEAST)
@@ -76,22 +98,6 @@ class StepLength:
             self.scale = min(self.scale * GROWTH, FARTHEST)
         else:
             self.scale = max(self.scale / GROWTH, 1.0)
-
-    @contextmanager
-    def watching(self, params: Sequence[Tensor], indices: Sequence[int]) -> Iterator[None]:
-        """The step is taken inside."""
-        before, g = flatten(params), _gradients(params)
-        yield
-        moved = flatten(params).sub_(before)
-        length, size = norm(moved), norm(g)
-        held = torch.ones_like(length)
-        if self.scale > 1 and self.sizes:
-            most = (GROWTH * max(self.sizes) / length).clamp(1 / self.scale, 1)
-            held = torch.where(size > median(self.norms), most, held)
-            _hold(params, before, 1 - held)
-            moved, length = moved.mul_(held), length * held
-        self.indices, self.moved = tuple(indices), moved
-        self.slope = torch.stack([dot(g, moved), size, length, held])
 
     def forget(self) -> None:
         """The parameters are no longer where the last step led."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -105,7 +106,7 @@ class Objective:
         self.loss_scale = 1.0
         self.clip_norm: float | None = None
 
-    @property
+    @cached_property
     def batch_size(self) -> int | None:
         """Samples, those of all processes if each has as many as this one."""
         calls = getattr(self.source, "calls", None)

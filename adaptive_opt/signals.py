@@ -107,9 +107,10 @@ class Signals:
             return loss > start + (RISE - 1) * _size(self.losses, start)
         now, before = median([*self.losses[-4:], loss]), self.losses[-24:-4]
         level = median(before)
+        if now > level + (RISE - 1) * _size(before, level):
+            return True
         no_gain = self.first_loss - now < GAIN * _size(self.losses, self.first_loss)
-        falls = now < level - FALLS * _error(before, level, 5)
-        return now > level + (RISE - 1) * _size(before, level) or (no_gain and not falls)
+        return no_gain and not now < level - FALLS * _error(before, level, 5)
 
     def _stalled(self) -> bool:
         if len(self.losses) < STALL:

@@ -24,7 +24,6 @@ def descend(curvatures, lr, steps, noise=0.0, seed=0):
     length, overshoots = StepLength(), []
     for _ in range(steps):
         w.grad = h * w.detach() + noise * torch.randn(w.shape, generator=generator)
-        length.judge([w], [0])
         with length.watching([w], [0]), torch.no_grad():
             w.sub_(lr * length.scale * w.grad)
         overshoots.append(lr * length.scale * curvatures[0] / 2)
@@ -55,7 +54,6 @@ def test_while_the_gradient_grows_a_longer_step_grows_no_faster_than_it_may_and_
     length, taken, own = StepLength(), [], []
     for _ in range(120):
         w.grad = -w.detach().clone()
-        length.judge([w], [0])
         before = w.detach().clone()
         with length.watching([w], [0]), torch.no_grad():
             w.sub_(0.02 * length.scale * w.grad)
@@ -67,19 +65,26 @@ def test_while_the_gradient_grows_a_longer_step_grows_no_faster_than_it_may_and_
     assert 2 < taken[-1] / own[-1] < 3
 
 
+def judge(length, w, index=0):
+    """The last step, as at the beginning of the coming one; that one is not taken."""
+    with length.watching([w], [index]):
+        pass
+
+
 def held(growth, scale=8.0):
     """A step `growth` times as long as the one before and on a gradient twice as large, with `scale` times the user's rate."""
     w = torch.nn.Parameter(torch.zeros(3))
     length = StepLength()
     for lr in (0.1, 0.1 * growth / 2):
         w.grad = -torch.ones(3) if w.grad is None else 2 * w.grad
-        length.judge([w], [0])
-        length.scale, before = scale, w.detach().clone()
+        judge(length, w)
+        before = w.detach().clone()
         with length.watching([w], [0]), torch.no_grad():
+            length.scale = scale
             w.sub_(lr * w.grad)
     taken = float((w.detach() - before)[0])
     w.grad = 2 * w.grad
-    length.judge([w], [0])
+    judge(length, w)
     return taken, length.scale
 
 
@@ -105,17 +110,15 @@ def test_what_cannot_be_judged_changes_nothing():
     w = torch.nn.Parameter(torch.ones(3))
     w.grad = torch.ones(3)
     length = StepLength()
-    length.judge([w], [0])  # no step yet
     with length.watching([w], [0]), torch.no_grad():
         w.add_(w.grad)  # uphill
-    length.judge([w], [0])
-    assert length.scale == 1.0
     with length.watching([w], [0]), torch.no_grad():
         w.sub_(0.1 * w.grad)
-    length.judge([w], [1])  # another parameter has the gradient now
+    assert length.scale == 1.0
+    judge(length, w, 1)  # another parameter has the gradient now
     assert length.scale == 1.0
     length.forget()
-    length.judge([w], [0])
+    judge(length, w)
     assert length.scale == 1.0
 
 
@@ -126,7 +129,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_length_as_it_was():
     with length.watching([w], [0]), torch.no_grad():
         w.sub_(0.1 * w.grad)
     w.grad = torch.full((3,), float("nan"))
-    length.judge([w], [0])
+    judge(length, w)
     assert (length.scale, length.end) == (1.0, 0.0)
 
 

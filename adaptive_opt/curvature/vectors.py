@@ -13,6 +13,8 @@ WIDENED = 1 << 15  # entries that are widened at a time; 1 << 20 was 20 times sl
 
 def whole(x: Tensor) -> Tensor:
     """The tensor that the processes hold shards of (DTensor), gathered on each; any other is whole already."""
+    if type(x) is Tensor:
+        return x
     gather = getattr(x, "full_tensor", None)
     return x if gather is None else gather()
 
@@ -44,7 +46,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     wide, n = accumulator(x), x.numel()
     width = 1 << 22 if waits(x) else WIDENED  # elsewhere every piece is a launch
     if x.dtype == wide or n <= WIDENED:
-        return torch.dot(x.to(wide), y.to(wide))
+        a = x.to(wide)
+        return torch.dot(a, a if x is y else y.to(wide))
     return torch.stack([torch.dot(x[s].to(wide), y[s].to(wide)) for s in pieces(n, width)]).sum()
 
 

@@ -113,7 +113,7 @@ class Factors:
             for b in side:
                 k = seldom(b)
                 if (now - b.due) % k == 0 or not b.weight:  # also where its basis is due
-                    b.add(X[:, b.start : b.stop], 1.0, beta**k)
+                    b.add(X if len(side) == 1 else X[:, b.start : b.stop], 1.0, beta**k)
 
     @property
     def complete(self) -> bool:
@@ -181,6 +181,8 @@ def left_times(X: Tensor, side: Sequence[Block], back: bool = False) -> Tensor:
     """Q' X for the block-diagonal Q of a side, or Q X."""
     if all(b.Q is None for b in side):
         return X
+    if len(side) == 1 and (Q := side[0].Q) is not None:
+        return torch.mm(Q if back else Q.T, X)
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     for b in side:
         part, into = X[b.start : b.stop], out[b.start : b.stop]
@@ -192,6 +194,8 @@ def times(X: Tensor, side: Sequence[Block], back: bool = False) -> Tensor:
     """X Q for the block-diagonal Q of a side, or X Q'."""
     if all(b.Q is None for b in side):
         return X
+    if len(side) == 1 and (Q := side[0].Q) is not None:
+        return torch.mm(X, Q.T if back else Q)
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     for b in side:
         part, into = X[:, b.start : b.stop], out[:, b.start : b.stop]

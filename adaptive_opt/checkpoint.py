@@ -21,6 +21,7 @@ PARTS = {
     "signals": "signals",
     "statistics": "statistics",
     "stays": "stays",
+    "agreement": "agreement",
     "validation": "validation",
 }
 
@@ -55,7 +56,7 @@ def read(control: Any, state: Mapping[str, Any]) -> None:
     control.trial = Trial.from_state_dict(state["trial"])
     control.length = StepLength.from_state_dict(state.get("length"))  # older checkpoints have none
     for name, part in PARTS.items():
-        if name in state:  # an older checkpoint has no stays, or no validation losses
+        if name in state:  # an older checkpoint lacks some
             getattr(control, part).load_state_dict(state[name])
     for kind, mine in (("modes", control.modes), ("interventions", control.interventions)):
         for name in mine.keys() & state[kind].keys():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt import checkpoint, verify
+from adaptive_opt.agreement import Agreement
 from adaptive_opt.capture import Ambient, Capture
 from adaptive_opt.curvature.vectors import on_host, total_norm
 from adaptive_opt.diagnosis import diagnose
@@ -76,6 +77,7 @@ class Controller:
         self.signals = Signals()
         self.statistics = RunningStatistics()
         self.stays = Stays()
+        self.agreement = Agreement()
         self.steps = 0
         self.mode, self.mode_since = "base", 0
         self.mode_is_treatment = False  # entered because something was wrong, not because a baseline says so
@@ -126,6 +128,8 @@ class Controller:
         fresh = self.reading is not None and self.steps - self.reading.step <= FRESH
         recent = self.reading if fresh else None
         looks = self._look(ctx, sick or taken_back, events)
+        if not sick and not taken_back:
+            self._agrees(ctx)
         diagnosis = diagnose(trend, reading, self.kappas, self.first_layers, recent, looks)
         self._remember(reading, events)
         decision, instead = None, taken_back
@@ -506,6 +510,14 @@ class Controller:
             if self.trial is not None and self.trial.name == "damp":
                 self.trial = None
 
+    def _agrees(self, ctx: StepContext) -> None:
+        """Whether the gradients of successive batches agree, where a mode may be tried for it."""
+        tries = self.available.intersection(getattr(self.policy, "tries", ()))
+        if not tries or self.mode != "base" or ctx.short or not ctx.params or not self.agreement.due(self.steps):
+            return
+        if self.agreement.see(self.steps, ctx.params, ctx.indices):
+            self.agreement.mean = self.team.first(self.agreement.mean)
+
     def _look(self, ctx: StepContext, sick: bool, events: list[Event]) -> Sequence[Look] | None:
         """All looks at the user's validation loss, in a step with a new one; None where there is no such loss."""
         v = self.validation
@@ -561,6 +573,7 @@ class Controller:
             can_validate=self._validates,
             can_try=len(self.signals.losses) >= FEWEST and not self.probe.idle and self._held == 1,
             stays=tuple(self.stays.stays),
+            agreement=self.agreement.now(self.steps),
             ending=self._largest_lr < TAIL * self.signals.peak,
         )
 
@@ -623,6 +636,7 @@ class Controller:
         """The parameters jumped: what was averaged is of another place, and a mode in which the run broke is out."""
         if self.damp is not None:
             self.damp.moved = True
+        self.agreement.forget()
         if self.length is not None:
             self.length.forget()
         self.alarm = self.alarm or name in ("rollback", "spectral")
@@ -640,6 +654,7 @@ class Controller:
         device = all_params(self.base)[0].device if elsewhere else None
         self.modes[snapshot.mode].load_state_dict(copied(snapshot.mode_state, device))
         self.validation.forget(snapshot.step)
+        self.agreement.forget()
         if self.length is not None:
             self.length.forget()
         if self.mode != snapshot.mode:

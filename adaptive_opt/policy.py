@@ -53,15 +53,17 @@ class RulePolicy:
     twice as long each time (the controller keeps the date in `History.not_before`). A mode that was kept stays until the
     run breaks in it.
 
-    tries: modes that are tried also where nothing stands out, once the base has taken `after` steps: no number that a short
-    run can afford tells beforehand whether they are faster (docs/evidence.md, "length of kfac's steps"), their trial does.
-    They are left when they gain no more.
+    tries: modes that are tried also where nothing stands out, once the base has taken `after` steps and the gradients of
+    successive batches agree: below a |cosine| of `agrees` there is more noise in them than signal, and curvature is not
+    what limits the run. Above it no number that a short run can afford tells whether they are faster (docs/evidence.md,
+    "who need not try kfac"), their trial does. They are left when they gain no more.
     """
 
     dwell: int = 50
     table: Sequence[Rule] = TABLE
     tries: Sequence[str] = ("kfac",)
     after: int = 25
+    agrees: float = 0.5
 
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         mode, reason, expects = history.mode, "", None
@@ -100,12 +102,15 @@ class RulePolicy:
             or history.mode != "base"
             or history.trial is not None
             or history.step - history.mode_since < self.after
+            or history.agreement is None
+            or history.agreement < self.agrees
         ):
             return None
         for name in self.tries:
             there = history.available is None or name in history.available
             if there and history.step >= history.not_before.get(name, 0):
-                return Decision(name, reason=f"nothing is wrong, and {name} may be faster", expects="progress a step")
+                agree = f"gradients of successive batches agree (|cosine| {history.agreement:.2f})"
+                return Decision(name, reason=f"{agree}: {name} may be faster", expects="progress a step")
         return None
 
     def _allowed(self, rule: Rule, history: History) -> bool:

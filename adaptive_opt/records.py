@@ -267,4 +267,5 @@ class History:
     can_validate: bool = False
     stays: tuple[Stay, ...] = ()  # the latest, oldest first; the last one is the present
     can_try: bool = True  # a mode may be tried without a cause: the loss is seen, and nothing holds the step
+    agreement: float | None = None  # mean |cosine| between the gradients of successive batches; None: not seen lately
     ending: bool = False  # the schedule's learning rate is below a tenth of its peak

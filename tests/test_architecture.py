@@ -20,6 +20,7 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "metric": {"curvature", "family"},
     "ahead": {"curvature", "metric", "objective"},
     "length": {"curvature", "sharded"},
+    "agreement": {"curvature"},
     "layers": {"curvature", "parallel", "records"},
     "lipschitz": {"curvature", "layers", "parallel"},
     "clock": set(),
@@ -42,8 +43,8 @@ ROOMS = {  # room -> what it may import of ours, besides itself
     "interventions": {"family", "metric", "modes", "objective", "records", "curvature", "probe", "sharded", "signals"},
     "checkpoint": {"interventions", "length", "modes", "records", "sharded", "verify"},
     "controller": {
-        "capture", "checkpoint", "curvature", "diagnosis", "gate", "interventions", "layers", "length", "memory", "modes",
-        "notice", "objective", "parallel", "policy", "probe", "records", "signals", "stays", "validation", "verify",
+        "agreement", "capture", "checkpoint", "curvature", "diagnosis", "gate", "interventions", "layers", "length", "memory",
+        "modes", "notice", "objective", "parallel", "policy", "probe", "records", "signals", "stays", "validation", "verify",
     },
     "optimizer": {
         "capture", "controller", "interventions", "modes", "notice", "parallel", "policy", "probe", "records", "sharded",

@@ -98,7 +98,7 @@ def of(*found):
     return Diagnosis(100, tuple(Finding(c, 1.0, 1.0, f"because {c}") for c in found))
 
 
-ABLE = History(step=200, can_replay=True, can_validate=True)
+ABLE = History(step=200, can_replay=True, can_validate=True, agreement=0.9)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,8 @@ def test_a_mode_that_was_only_tried_is_left_when_it_gains_no_more(levels, mode):
         (replace(ABLE, trial="spectral"), "base"),
         (replace(ABLE, not_before={"kfac": 300}), "base"),
         (replace(ABLE, available=frozenset({"base", "sam"})), "base"),
+        (replace(ABLE, agreement=0.49), "base"),  # noise limits the run
+        (replace(ABLE, agreement=None), "base"),
         (replace(ABLE, ending=True), "base"),  # its gain would come too late
         (replace(ABLE, mode="sam"), "sam"),
     ],

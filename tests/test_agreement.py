@@ -1,0 +1,128 @@
+"""Whether the gradients of successive batches agree: signal against noise, and who tries kfac for it."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from adaptive_opt import AdaptiveOptimizer, LanczosProbe, RulePolicy
+from adaptive_opt.agreement import EVERY, FIRST, WINDOW, Agreement
+from adaptive_opt.records import Condition, Diagnosis, Finding, History
+from experiments.tasks.canyon import Canyon
+from experiments.tasks.digits import Digits
+
+HEALTHY = Diagnosis(0, (Finding(Condition.HEALTHY, 0.0, 0.0, "nothing stands out"),))
+END = FIRST + WINDOW
+
+
+def seen(gradients, first=FIRST, steps=None, indices=(0,)):
+    """An Agreement after a window of these gradients."""
+    agreement, w = Agreement(), torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    steps = range(first, first + len(gradients)) if steps is None else steps
+    for step, g in zip(steps, gradients, strict=True):
+        w.grad = g.clone()
+        assert agreement.due(step)
+        ended = agreement.see(step, [w], indices)
+        assert ended == ((step - FIRST) % EVERY == WINDOW)
+    return agreement
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 2.0])
+def test_the_cosine_is_the_share_of_the_signal_in_a_batchs_gradient(noise):
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(20_000, generator=generator)
+    gradients = [3 * (signal + math.sqrt(noise) * torch.randn(20_000, generator=generator)) for _ in range(WINDOW + 1)]
+    assert seen(gradients).now(END) == pytest.approx(1 / (1 + noise), abs=0.01)
+
+
+def test_steps_that_throw_the_gradient_to_the_other_side_and_back_are_no_noise():
+    g = torch.ones(5)
+    assert seen([g if i % 2 else -g for i in range(WINDOW + 1)]).now(END) == pytest.approx(1)
+
+
+def test_a_window_of_too_few_good_steps_says_nothing_and_an_old_one_no_more():
+    g = torch.ones(5)
+    assert seen([g] * 4, steps=[FIRST, FIRST + 1, FIRST + 2, END]).now(END) is None
+    whole = seen([g] * 8, steps=[*range(FIRST, FIRST + 7), END])
+    assert whole.now(END) == whole.now(END + EVERY) == pytest.approx(1)
+    assert whole.now(END + EVERY + 1) is None
+
+
+def test_a_window_that_never_ended_is_no_part_of_the_next():
+    g = torch.ones(5)
+    agreement, w = seen([g] * 6), torch.nn.Parameter(torch.zeros(5))
+    for step in range(FIRST + EVERY, END + EVERY + 1):
+        w.grad = -g if step == FIRST + EVERY else torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])
+        agreement.see(step, [w], (0,))
+    assert agreement.now(END + EVERY) == pytest.approx(0.9)  # nine of ten: the first gradient is alike to nothing
+
+
+def test_gradients_of_other_parameters_are_not_compared_and_none_is_no_number():
+    g = torch.ones(5)
+    agreement, w = Agreement(), torch.nn.Parameter(torch.zeros(5))
+    for step in range(FIRST, END + 1):
+        w.grad = g
+        agreement.see(step, [w], (step % 2,))
+    assert agreement.now(END) is None
+    assert seen([torch.zeros(5)] * (WINDOW + 1)).now(END) == 0.0
+
+
+@pytest.mark.parametrize(("agreement", "tried"), [(None, False), (0.49, False), (0.51, True)])
+def test_a_mode_is_tried_only_where_there_is_more_signal_than_noise(agreement, tried):
+    decision = RulePolicy().decide(HEALTHY, History(step=30, agreement=agreement))
+    assert (decision.mode == "kfac") == tried
+    if tried:
+        assert decision.reason == "gradients of successive batches agree (|cosine| 0.51): kfac may be faster"
+
+
+def optimizer_of(task, policy=None):
+    base = torch.optim.AdamW(task.model.parameters(), lr=task_lr(task))
+    source = {"loss_fn": task.loss_fn, "probe": LanczosProbe(price=1.0)}
+    return AdaptiveOptimizer(base, task.model, policy=policy, **source)
+
+
+def task_lr(task):
+    return 0.03 if isinstance(task, Canyon) else 1e-3
+
+
+def train(task, optimizer, steps):
+    said = []
+    for i in steps:
+        x, y = task.batch(i)
+        optimizer.zero_grad()
+        task.loss_fn(task.model(x), y).backward()
+        optimizer.step()
+        said += [event.sentence() for event in optimizer.report.events]
+    return said
+
+
+def test_noisy_batches_of_digits_are_left_alone_and_a_full_batch_is_not():
+    torch.manual_seed(0)
+    noisy, canyon = Digits(seed=0), Canyon(seed=0)
+    wrapped = optimizer_of(noisy)
+    assert not any("kfac" in line for line in train(noisy, wrapped, range(60)))
+    assert wrapped.control.agreement.now(60) < 0.5
+    assert any("kfac may be faster" in line for line in train(canyon, optimizer_of(canyon), range(30)))
+
+
+def test_a_run_resumed_within_a_window_sees_the_same_bit_for_bit():
+    torch.manual_seed(0)
+    whole, first, second = (Canyon(seed=0) for _ in range(3))
+    a, b, c = map(optimizer_of, (whole, first, second))
+    train(first, b, range(20))
+    assert b.control.agreement.cosines
+    second.model.load_state_dict(first.model.state_dict())
+    c.load_state_dict(copy.deepcopy(b.state_dict()))
+    train(whole, a, range(30))
+    train(second, c, range(20, 30))
+    assert a.control.agreement.mean == c.control.agreement.mean
+    assert a.control.agreement.mean is not None
+
+
+def test_who_tries_nothing_compares_nothing():
+    torch.manual_seed(0)
+    task = Canyon(seed=0)
+    wrapped = optimizer_of(task, RulePolicy(tries=()))
+    train(task, wrapped, range(30))
+    assert wrapped.control.agreement.seen == -1

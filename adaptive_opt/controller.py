@@ -140,6 +140,7 @@ class Controller:
             instead = self._act(decision, patient, events)
         if decision is not None and not instead:  # what a return has thrown out does not come back by the same decision
             self._switch(decision, ctx, trend, events)
+            instead = ctx.moved
         if not instead:
             self._take_step(ctx, trend, events)
         self.treatment_cost += ctx.cost
@@ -691,7 +692,8 @@ class Controller:
         if on_trial:
             until = self.steps + self._trial_of(wanted)
             steps, losses = self.signals.loss_steps[-BEFORE:], self.signals.losses[-BEFORE:]
-            self.trial = Trial(wanted, event, until, trend.usual_loss, steps, losses, before, shown)
+            level = trend.usual_loss if trend.usual_loss is not None else trend.loss
+            self.trial = Trial(wanted, event, until, level, steps, losses, before, shown)
             self.trial.seconds, self.trial.length = self._training, None if length is None else length.state_dict()
             if looked:
                 self.signals.forget()  # what was learnt by heart shall be lost: lost progress counts from here
@@ -702,10 +704,10 @@ class Controller:
 
     def _enter(self, mode: str, ctx: StepContext, as_treatment: bool = False) -> None:
         self.modes[self.mode].exit(ctx)
-        self.modes[mode].enter(ctx)
         self.mode, self.mode_since, self.mode_is_treatment = mode, self.steps, as_treatment
         self.length = StepLength() if as_treatment and not self.modes[mode].steps_as_base else None
         self._listen()
+        self.modes[mode].enter(ctx)
 
     # ---- verify -------------------------------------------------------------------------------------------------
 
@@ -751,6 +753,8 @@ class Controller:
             looks = self.validation.looks
             before = [look for look in looks if look.step <= trial.event.step]
             return verify.better_validation(before, self.validation.since(trial.event.step))
+        if trial.name in self.modes and not trial.losses_before:  # there is no progress to compare with
+            return verify.lower_level(trial.level, since)
         if trial.name in self.modes:
             price = self.team.first(self._price(trial))  # each process measured its own time
             steps = [step for step in (*self.signals.loss_steps, self.steps) if step > trial.event.step][: len(since)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import StatisticsError, correlation, median
 
-from adaptive_opt.records import Condition, Diagnosis, Finding, LayerReading, Look, Reading, Trend, chains
+from adaptive_opt.records import RAW, Condition, Diagnosis, Finding, LayerReading, Look, Reading, Trend, chains
 
 FEW = 3  # looks at the validation loss whose median is a level
 LEAST_GAIN = 0.1  # of the first validation loss: a run that starts well trained has gained little, and its noise stays
@@ -94,6 +94,8 @@ def _of_reading(
         found.append(Finding(Condition.SADDLE, size, t.negative, sentence))
     elif copied is not None:
         found.append(copied)
+    if first is None:
+        found += [_unscaled(layer) for layer in r.layers if layer.raw][:1]
     drift = _drift(r.layers, first, t) if copied is None else None  # of one unit many times over a scale says nothing
     if drift is not None:
         found.append(drift)
@@ -173,9 +175,15 @@ def _unstable(reading: Reading | None, recent: Reading | None, trend: Trend, t: 
     return None
 
 
+def _unscaled(layer: LayerReading) -> Finding:
+    size = layer.fed or 0.0
+    sentence = f"the data fed to layer {layer.name} has features as large as {size:.3g} (root mean square)"
+    return Finding(Condition.UNSCALED, size, RAW, sentence)
+
+
 def _drift(layers: Sequence[LayerReading], first: Sequence[LayerReading] | None, t: Thresholds) -> Finding | None:
     """A layer of a chain, or a chain as a whole, outside its band; after the first reading only if it moved on outwards."""
-    known = [layer for layer in layers if layer.sigma_rms > 0]
+    known = [layer for layer in layers if layer.sigma_rms > 0 and not layer.raw]
     recurrent = _forgets(known, first, t)
     if recurrent is not None:
         return recurrent

@@ -45,6 +45,7 @@ class _Visit:
     source: Any = None  # node of the graph that the input came from
     output: Point | None = None  # of the activation that consumed the layer's output, if a module did
     problem: str = ""
+    fed: float | None = None  # root mean square of the largest feature, where the input is data
 
 
 def measure_layers(
@@ -213,6 +214,7 @@ def _watch(
             visit.problem = "it was called without a floating tensor in its first place"
             return None
         alias = caught(x)
+        visit.fed = _largest(module, x) if visit.kind == "weight" and not x.requires_grad else None
         visit.input, visit.source = Point.of(alias), x.grad_fn
         return swapped(args, x, alias), swapped(kwargs, x, alias)
 
@@ -251,6 +253,14 @@ def _watch(
         return evaluate()
 
 
+def _largest(layer: nn.Module, x: Tensor) -> float | None:
+    """Root mean square of the largest feature (of a convolution: channel) of a layer's input."""
+    if not isinstance(layer, PLAIN) or not x.numel() or x.dim() < 2:
+        return None
+    where = -1 if isinstance(layer, nn.Linear) else 1
+    return float(x.detach().float().square().movedim(where, 0).flatten(1).mean(1).max().sqrt())
+
+
 def _with_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """A cell's arguments with the hidden state of zeros that it would make itself."""
     given: list[Any] = [*args[:2], kwargs.get("hx")]
@@ -285,6 +295,7 @@ def _measure(visit: _Visit, generator: torch.Generator, num_steps: int, gain: fl
         sigma_min=s.sigma_min,
         sigma_min_error=s.sigma_min_error,
         kind=visit.kind,
+        fed=visit.fed,
     )
 
 

@@ -29,12 +29,15 @@ class Rule:
     urgent: bool = False  # treated at once, also while something else is on trial
     again: bool = False  # in that mode, it is given in a larger dose
     leaves: tuple[str, ...] = ()  # modes beside the base that are left for it
+    alone: bool = False  # nothing else is done in that step
     needs: str = ""  # "replay", "validate" or nothing
 
 
 TABLE: tuple[Rule, ...] = (
     Rule(Condition.NON_FINITE, "rollback", "a finite step", urgent=True),
     Rule(Condition.BROKEN, "rollback", "loss back at its usual level", urgent=True),
+    # alone: what the other readings say is of other coordinates
+    Rule(Condition.UNSCALED, "standardised", "loss after the trial", switch=True, needs="replay", alone=True),
     Rule(Condition.DRIFTING, "spectral", "loss after the trial"),  # before damp: the step's length is of the sick layers
     Rule(Condition.UNSTABLE, "damp", "loss falls", urgent=True),
     Rule(Condition.SADDLE, "escape", "loss on the next batch", needs="replay"),
@@ -73,9 +76,11 @@ class RulePolicy:
         taken = False  # what is not urgent is treated one at a time
         for rule in self.table:
             finding = diagnosis.find(rule.condition)
-            if finding is None or (taken and not rule.urgent) or not self._allowed(rule, history):
+            if finding is None or (taken and not rule.urgent) or (rule.alone and chosen) or not self._allowed(rule, history):
                 continue
             taken = taken or not rule.urgent
+            if rule.alone:
+                return Decision(rule.treatment, (), (), finding.evidence, rule.expects)
             if rule.switch:
                 mode, reason, expects = rule.treatment, finding.evidence, rule.expects
             else:
@@ -122,6 +127,9 @@ class RulePolicy:
             return False
         if rule.urgent:
             return True
+        if rule.alone:
+            waits = history.step < history.not_before.get(rule.treatment, 0)
+            return history.mode == "base" and history.trial is None and not waits
         busy = history.trial is not None and (rule.switch or history.trial not in self.tries)
         if busy or history.step < history.not_before.get(rule.treatment, 0):
             return False

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+RAW = 30.0  # root mean square of a feature from which on data counts as unscaled; docs/evidence.md, "raw features"
+
 
 @dataclass(frozen=True)
 class LayerReading:
@@ -30,6 +32,12 @@ class LayerReading:
     chained: bool = False  # its input is the output of the layer before it, with nothing between that adds or normalises
     copies: float | None = None  # share of its units that are exact copies of others, in and out; None: not in a chain
     times: int = 1  # passes of the signal through it: a recurrent matrix is met at every element of the sequence
+    fed: float | None = None  # root mean square of the largest feature, of a layer whose input is data; None: it is not
+
+    @property
+    def raw(self) -> bool:
+        """Fed with data that nobody scaled: its singular values are in the data's units, and say nothing of the signal."""
+        return self.fed is not None and self.fed > RAW
 
     @property
     def distance(self) -> float:
@@ -45,7 +53,7 @@ def chains(layers: Sequence[LayerReading], least: int = 1) -> list[list[LayerRea
     """
     found: list[list[LayerReading]] = []
     for layer in layers:
-        if layer.kind == "recurrent" or not layer.sigma_rms > 0:
+        if layer.kind == "recurrent" or layer.raw or not layer.sigma_rms > 0:
             continue
         if layer.chained and found:
             found[-1].append(layer)
@@ -126,6 +134,7 @@ class Condition(StrEnum):
     SADDLE = "saddle"  # progress stalled where curvature is negative
     ILL_CONDITIONED = "ill_conditioned"  # the optimizer zig-zags
     SHARP = "sharp"  # at the edge of stability
+    UNSCALED = "unscaled"  # the data that the first layer gets is far from the size that weights are made for
     DRIFTING = "drifting"  # a layer's Jacobian left its band
     HEALTHY = "healthy"
 

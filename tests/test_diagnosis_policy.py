@@ -90,6 +90,15 @@ def test_a_rise_that_the_reading_before_foresaw_is_the_steps_length():
     assert conditions(rising, READING, recent=foreseen) == [Condition.UNSTABLE]
 
 
+def test_unscaled_data_is_seen_at_the_first_reading_and_its_layer_does_not_drift():
+    first, *others = layers(0.5, 1.0, 1.0)
+    raw = replace(READING, layers=(replace(first, fed=200.0), *others))
+    assert conditions(CALM, raw) == [Condition.UNSCALED]
+    assert conditions(CALM, replace(READING, layers=(replace(first, fed=3.0), *others))) == [Condition.HEALTHY]
+    later = replace(raw, layers=(replace(first, fed=200.0, sigma_rms=50.0), *others))  # spread out over the data's units
+    assert conditions(CALM, later, first_layers=raw.layers) == [Condition.HEALTHY]
+
+
 def test_what_was_not_measured_is_no_condition():
     assert conditions(CALM, Reading(step=0, loss=1.0, grad_norm=1.0)) == [Condition.HEALTHY]
 
@@ -107,6 +116,11 @@ ABLE = History(step=200, can_replay=True, can_validate=True, agreement=0.9)
         ([Condition.HEALTHY], replace(ABLE, step=24), "base", ()),
         ([Condition.NON_FINITE], ABLE, "base", ("rollback",)),
         ([Condition.DRIFTING, Condition.UNSTABLE], ABLE, "base", ("spectral", "damp")),  # what moves comes first
+        ([Condition.UNSCALED, Condition.DRIFTING, Condition.UNSTABLE], ABLE, "standardised", ()),  # alone
+        ([Condition.UNSCALED], replace(ABLE, can_replay=False), "base", ()),
+        ([Condition.UNSCALED], replace(ABLE, mode="kfac", trial="kfac"), "kfac", ()),
+        ([Condition.UNSCALED], replace(ABLE, not_before={"standardised": 300}), "base", ()),
+        ([Condition.BROKEN, Condition.UNSCALED], ABLE, "base", ("rollback",)),
         ([Condition.SADDLE], ABLE, "base", ("escape",)),
         ([Condition.SADDLE], replace(ABLE, can_replay=False), "base", ()),
         ([Condition.ILL_CONDITIONED], ABLE, "kfac", ()),

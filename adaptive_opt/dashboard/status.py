@@ -38,6 +38,13 @@ KINDS: dict[Condition, Kind] = {
     ),
     Condition.UNSTABLE: Kind("UNSTABLE", "red", ("damp",), "lower the learning rate below its stability limit", "any"),
     Condition.SADDLE: Kind("AT A SADDLE", "red", ("escape",), "step along the most negative curvature", "full"),
+    Condition.UNSCALED: Kind(
+        "UNSCALED DATA",
+        "amber",
+        ("standardised",),
+        "standardise the data: subtract each feature's mean, divide by its spread",
+        "layers",
+    ),
     Condition.DRIFTING: Kind("LAYERS DRIFTING", "red", ("spectral",), "bring the layers' sigma_rms back to 1", "layers"),
     Condition.ILL_CONDITIONED: Kind("ILL-CONDITIONED", "amber", ("kfac",), "precondition: mode kfac", "full"),
     Condition.SHARP: Kind("AT THE EDGE", "green", ("sam",), "nothing: training settles at the edge of stability", "any"),

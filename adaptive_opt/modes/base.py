@@ -27,6 +27,7 @@ class StepContext:
     cost: float = 0.0  # gradient-equivalents that were spent on replays, added up by whoever spends them
     failure: Exception | None = None  # a replay that raised; whoever caught it went on without
     costs: tuple[float, float] | None = None  # of a cheap and of a full reading, where several processes agreed on them
+    moved: bool = False  # the mode that was entered has changed the parameters: the gradients are of where they were
     short: bool = False  # a process has no batch left (Join): nothing that needs all of them can be done
     team: Team = ALONE  # the processes that take this step together
     given: Sequence[Tensor] = ()  # every gradient of this step, sparse and complex ones too

@@ -680,6 +680,13 @@ class Controller:
             if wanted == "base" and self.mode_is_treatment:
                 self._wait(old)
             self._enter(wanted, ctx, as_treatment=on_trial)
+            if before is not None and not getattr(self.modes[wanted], "helps", True):
+                self._enter(old, ctx)
+                before.restore(self.base)
+                self._wait(wanted)
+                why = decision.reason or "the policy says so"
+                events.append(Event(self.steps, wanted, why, "found nothing that helps", "done"))
+                return
             if on_trial and wanted not in self.failures and (words := stronger()) is not None:  # see sam.py, DOSES
                 done = f"{done}, {words}"
         elif (words := stronger()) is not None:

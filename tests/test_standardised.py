@@ -7,9 +7,10 @@ import torch
 from problems import BASES
 from torch import nn
 
-from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe
+from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy
 from adaptive_opt.interventions import Snapshot
 from adaptive_opt.modes import Standardised
+from adaptive_opt.policy import TABLE
 
 OFF = LanczosProbe(overhead=0)
 LOSS, SQUARES = nn.CrossEntropyLoss(), nn.MSELoss()
@@ -216,6 +217,36 @@ def test_the_rules_standardise_raw_data_at_the_first_step_and_keep_it(base):
     assert "features as large as" in said[0].seen
     assert optimizer.report.mode == "standardised"
     assert losses[-1] < 0.5 * train(BASES[base](bare.parameters()), bare, x, y, 60)[-1]
+
+
+def test_where_a_normalisation_takes_the_scale_out_nothing_is_done():
+    x, _, y = data(offset=0.0)
+    made = []
+    for interested in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)).double()
+        table = [rule for rule in TABLE if interested or rule.treatment != "standardised"]
+        base = BASES["adamw"](model.parameters())
+        given = {"probe": LanczosProbe(price=1.0), "policy": RulePolicy(table=table, tries=())}
+        optimizer = AdaptiveOptimizer(base, model, loss_fn=LOSS, **given)
+        said = []
+        for _ in range(12):
+            train(optimizer, model, x / x.std(0)[:1] * 100, y, 1)
+            said += [e.done for e in optimizer.report.events if e.name == "standardised"]
+        assert said == ["found nothing that helps"] * interested
+        made.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(made[0][k], v) for k, v in made[1].items())
+
+
+def test_features_in_one_unit_keep_their_sizes():
+    """Pixels: an edge that is nearly always dark is not made as loud as the middle."""
+    _, z, y = data()
+    sizes = torch.tensor([100.0, 100.0, 90.0, 80.0, 20.0, 5.0])
+    model = net()
+    optimizer = wrapped(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    train(optimizer, model, z * sizes, y, 1)
+    spread = optimizer.control.modes["standardised"].state_dict()["layers"][0]["spread"]
+    torch.testing.assert_close(spread, (sizes.double() ** 2).mean().sqrt().expand(6))
 
 
 def test_a_start_that_does_not_go_well_is_taken_back():

@@ -19,6 +19,8 @@ from adaptive_opt.sharded import is_sharded
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 FEWEST = 32  # rows of a layer's input from which a spread is worth the name
+UNITS = 30.0  # times the median spread that the largest of features in one unit is, at most (docs/evidence.md, "raw features")
+WORTH = 0.5  # of the loss, at most, must be left at the other start (docs/evidence.md, "raw features")
 CONSTANT = 1e-6  # of a feature's root mean square: a spread that is less is rounding
 
 
@@ -53,7 +55,7 @@ class Standardised:
     W~ z + b~. The base steps with W~, b~ and their gradients, its averages are of those, and the difference goes back to W
     and b: the model stays what it is, and learns what it would learn from standardised data.
 
-    Where it lowers the loss of the batch, the weights first become what they would have been at the start there,
+    Where it lowers the loss of the batch clearly, the weights first become what they would have been at the start there,
     W <- W / spread and b <- b - W mean / spread; `ctx.moved` then says that the gradients are of another place. Elsewhere, as
     where something was learned, the function stays. Weight decay shrinks W~. Without a bias nothing is centred.
 
@@ -70,6 +72,7 @@ class Standardised:
         self.raw = raw
         self._model: nn.Module | None = None
         self._layers: dict[int, Inputs] = {}  # by the position of the weight
+        self.helps = False  # the loss of the batch at which it began was clearly lower at the other start
 
     def refuses(self, base: Optimizer) -> str | None:
         if any(map(is_sharded, all_params(base))):
@@ -81,7 +84,7 @@ class Standardised:
 
     @torch.no_grad()
     def enter(self, ctx: StepContext) -> None:
-        self._layers = {}
+        self._layers, self.helps = {}, False
         if self._model is None or ctx.objective is None:
             return
         try:
@@ -89,6 +92,7 @@ class Standardised:
             ctx.cost += 1.0
             if self._layers:
                 self._start_over(ctx, ctx.objective)
+            self.helps = ctx.moved
         except Exception as error:  # the batch cannot be had again: the base's own step
             ctx.failure, self._layers = error, {}
         self._forget(ctx)
@@ -147,6 +151,8 @@ class Standardised:
                 continue
             mean = torch.zeros_like(first) if bias is None else first
             spread = (second - mean * mean).clamp_min(0).sqrt()
+            if float(spread.max()) < UNITS * float(spread.median()):  # of one kind
+                spread = spread.square().mean().sqrt().expand_as(spread)
             spread = torch.where(spread > CONSTANT * second.sqrt(), spread, torch.ones_like(spread))
             like = params[index]
             found[index] = Inputs(bias, mean.to(like), spread.to(like))
@@ -164,7 +170,7 @@ class Standardised:
                 params[i].copy_(W)
                 if b is not None and shifted is not None:
                     b.copy_(shifted)
-            ctx.moved = objective.loss() < before
+            ctx.moved = objective.loss() < WORTH * before
         finally:
             if not ctx.moved:
                 for p, value in kept:

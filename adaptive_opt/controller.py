@@ -760,7 +760,7 @@ class Controller:
             looks = self.validation.looks
             before = [look for look in looks if look.step <= trial.event.step]
             return verify.better_validation(before, self.validation.since(trial.event.step))
-        if trial.name in self.modes and not trial.losses_before:  # there is no progress to compare with
+        if trial.name in self.modes and len(trial.losses_before) < FEWEST:  # no progress to compare with: it began at the start
             return verify.lower_level(trial.level, since)
         if trial.name in self.modes:
             price = self.team.first(self._price(trial))  # each process measured its own time

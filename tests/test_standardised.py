@@ -115,6 +115,16 @@ def test_only_layers_at_the_front_with_enough_rows_count():
         assert list(optimizer.control.modes["standardised"].state_dict()["layers"]) == there
 
 
+def test_weights_that_two_layers_share_are_left_alone():
+    x, _, y = data()
+    first, again = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
+    again.weight = first.weight
+    model = nn.Sequential(first, nn.Tanh(), again)
+    optimizer = wrapped(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    train(optimizer, model, x, y, 1)
+    assert not optimizer.control.modes["standardised"].state_dict()["layers"]
+
+
 def test_a_constant_feature_is_only_centred():
     x, _, y = data()
     x[:, 0] = 7.0

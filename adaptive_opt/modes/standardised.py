@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from adaptive_opt.objective import Objective
 from adaptive_opt.records import RAW
 from adaptive_opt.sharded import is_sharded
 
+WIDE = (torch.float32, torch.float64)  # an offset would take the digits of a shorter type
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 FEWEST = 32  # rows of a layer's input from which a spread is worth the name
 UNITS = 30.0  # times the median spread that the largest of features in one unit is, at most (docs/evidence.md, "raw features")
@@ -59,6 +61,8 @@ class Standardised:
     W <- W / spread and b <- b - W mean / spread; `ctx.moved` then says that the gradients are of another place. Elsewhere, as
     where something was learned, the function stays. Weight decay shrinks W~. Without a bias nothing is centred.
 
+    Linear layers and convolutions without groups, of weights that no other layer has, in 32 bits and more.
+
     raw: root mean square of a layer's largest feature, beyond which it counts (docs/evidence.md, "raw features").
     """
 
@@ -89,7 +93,7 @@ class Standardised:
             return
         try:
             self._layers = self._measured(self._model, ctx.objective, all_params(ctx.base))
-            ctx.cost += 1.0
+            ctx.cost += 1.0  # three forward passes
             if self._layers:
                 self._start_over(ctx, ctx.objective)
             self.helps = ctx.moved
@@ -134,10 +138,11 @@ class Standardised:
         positions = {id(p): i for i, p in enumerate(params)}
         with objective.replay() as evaluate, _fed(model) as sums:
             objective.team.together(evaluate)
+        uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         found: dict[int, Inputs] = {}
         for module, parts in sums.items():
             index = positions.get(id(module.weight))
-            if parts is None or index is None or not params[index].is_floating_point():
+            if parts is None or index is None or uses[id(module.weight)] > 1 or params[index].dtype not in WIDE:
                 continue
             own = getattr(module, "bias", None)
             bias = None if own is None else positions.get(id(own))
@@ -170,7 +175,7 @@ class Standardised:
                 params[i].copy_(W)
                 if b is not None and shifted is not None:
                     b.copy_(shifted)
-            ctx.moved = objective.loss() < WORTH * before
+            ctx.moved = before > 0 and objective.loss() < WORTH * before
         finally:
             if not ctx.moved:
                 for p, value in kept:

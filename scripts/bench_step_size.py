@@ -31,7 +31,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop  # noqa: E402
 from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from adaptive_opt import AdaptiveOptimizer  # noqa: E402
+from adaptive_opt import AdaptiveOptimizer, RulePolicy  # noqa: E402
 from adaptive_opt.interventions import auto_step  # noqa: E402
 from adaptive_opt.schedule import Schedule  # noqa: E402
 from experiments.clinic.book import revision  # noqa: E402
@@ -78,6 +78,7 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no careful start": lambda: patch.object(auto_step.AutoStep, "_first", lambda self, bottom: bottom),
     "grows at once": lambda: patch.object(auto_step, "GROWTH", 1e9),
     "always to the bottom": lambda: patch.object(auto_step.AutoStep, "_kept", lambda self, present, length, bottom: length),
+    "kfac not tried": lambda: patch.object(RulePolicy, "_untried", lambda self, history: None),
 }
 SOLVED = 1e-5  # a mean loss below it counts as that: the tabular net learns its 400 patients by heart, to 0 exactly
 JUDGED = 20  # batches of the training set that the final loss is the mean of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from adaptive_opt.curvature import flatten
-from adaptive_opt.curvature.vectors import dot
 
 FIRST, EVERY = 15, 50  # the first step of a window, and steps between the beginnings of two
 WINDOW = 10  # steps, each with a cosine to the one before
@@ -25,7 +25,7 @@ class Agreement:
     algorithmic choices matter at which batch sizes?"). Steps that throw the gradient to the other side of a valley and back
     make the cosine negative, and that is curvature's doing: hence its absolute value.
 
-    Costs, in a window: a copy of the gradient between two steps and two dot products a step.
+    Costs, in a window: a copy of the gradient between two steps and a norm and a dot product a step.
     """
 
     def __init__(self) -> None:
@@ -44,14 +44,16 @@ class Agreement:
         if step - self.seen > WINDOW:
             self.forget()
         g = flatten([p.grad for p in params if p.grad is not None])
-        g /= dot(g, g).sqrt().clamp_min(torch.finfo(g.dtype).tiny).to(g.dtype)
+        size = torch.linalg.vector_norm(g).clamp_min(torch.finfo(g.dtype).tiny)
+        g /= size  # three digits are plenty here, so nothing is added up in a wider type
         if self.last is not None and self.indices == tuple(indices):
-            self.cosines.append(dot(g, self.last).abs())
+            self.cosines.append(torch.dot(g, self.last).abs())
         self.last, self.indices, self.seen = g, tuple(indices), step
         if (step - FIRST) % EVERY < WINDOW:
             return False
-        if len(self.cosines) >= FEWEST:
-            self.mean, self.read = float(torch.stack(self.cosines).mean()), step
+        mean = float(torch.stack(self.cosines).mean()) if len(self.cosines) >= FEWEST else math.nan
+        if math.isfinite(mean):
+            self.mean, self.read = mean, step
         self.forget()
         return True
 

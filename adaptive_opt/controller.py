@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt import checkpoint, verify
-from adaptive_opt.agreement import Agreement
+from adaptive_opt.agreement import WINDOW, Agreement
 from adaptive_opt.capture import Ambient, Capture
 from adaptive_opt.curvature.vectors import on_host, total_norm
 from adaptive_opt.diagnosis import diagnose
@@ -513,10 +513,11 @@ class Controller:
 
     def _agrees(self, ctx: StepContext) -> None:
         """Whether the gradients of successive batches agree, where a mode may be tried for it."""
-        tries = self.available.intersection(getattr(self.policy, "tries", ()))
-        if not tries or self.mode != "base" or ctx.short or not ctx.params or not self.agreement.due(self.steps):
+        if self.mode != "base" or not self.agreement.due(self.steps) or ctx.short or not ctx.params:
             return
-        if self.agreement.see(self.steps, ctx.params, ctx.indices):
+        tries = self.available.intersection(getattr(self.policy, "tries", ()))
+        soon = any(self.not_before.get(name, 0) <= self.steps + WINDOW for name in tries)
+        if soon and self.agreement.see(self.steps, ctx.params, ctx.indices):
             self.agreement.mean = self.team.first(self.agreement.mean)
 
     def _look(self, ctx: StepContext, sick: bool, events: list[Event]) -> Sequence[Look] | None:

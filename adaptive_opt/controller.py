@@ -50,6 +50,7 @@ TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, o
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 GLANCE = 0.1  # of the coming step: at the end of a whole one a loss that grows linearly hides how far it is too long
 OVERSHOOTS = 2.0  # by a glance: then a reading is asked for; docs/evidence.md, "looks ahead"
+LEARNT = 0.01  # nats of a mean cross-entropy: docs/evidence.md, "who need not try kfac"
 COOL_DOWN, MODE_COOL_DOWN = 100, 400  # steps before a treatment, or a mode, that was taken back may be tried again;
 # doubled each time
 
@@ -222,6 +223,12 @@ class Controller:
         """The share that damp leaves of the user's step; an automatic one holds nothing back."""
         damp = self.damp
         return 1.0 if damp is None or damp.looks else min(damp.scale, 1.0)
+
+    @property
+    def _learnt(self) -> bool:
+        """A cross-entropy so low that nearly every label is predicted for certain."""
+        recent = self.signals.losses[-FEWEST:]
+        return self.gate.in_nats and len(recent) == FEWEST and median(recent) < LEARNT
 
     @property
     def _validates(self) -> bool:
@@ -576,6 +583,7 @@ class Controller:
             can_try=len(self.signals.losses) >= FEWEST and not self.probe.idle and self._held == 1,
             stays=tuple(self.stays.stays),
             agreement=self.agreement.now(self.steps),
+            learnt=self._learnt,
             ending=self._largest_lr < TAIL * self.signals.peak,
         )
 
@@ -722,7 +730,16 @@ class Controller:
     def _verdict(self, ctx: StepContext, trend: Trend, events: list[Event]) -> bool:
         """Judge what is on trial when its time has come. True: parameters were taken back, this batch's gradients are void."""
         trial = self.trial
-        if trial is None or self.steps < trial.until or ctx.short:
+        if trial is None or ctx.short:
+            return False
+        if trial.name in getattr(self.policy, "tries", ()) and self._learnt:
+            result = f"all labels are learnt (loss {median(self.signals.losses[-FEWEST:]):.2g}): nothing left to gain"
+            events.append(replace(trial.event, outcome="done", result=result))
+            self.trial = None
+            self._wait(trial.name)
+            self._enter("base", ctx)
+            return False
+        if self.steps < trial.until:
             return False
         self.trial = None
         try:

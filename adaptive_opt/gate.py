@@ -16,6 +16,7 @@ from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, Source, agreement
 from adaptive_opt.parallel import ALONE, Team, world
 
+NATS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 STATE = ("trusted", "distrust", "scaled_loss", "clip_norm")
 COSINE, COSINE_LOW = (
     0.999,
@@ -57,6 +58,12 @@ class Gate:
         params, given = [p for _, p in chosen], [g for _, _, g in found if g is not None]
         objective = self._objective(closure, ambient, params, every) if self.trusted is not False and params else None
         return StepContext(self.base, params, [i for i, _ in chosen], objective, mode, team=self.team, given=given)
+
+    @property
+    def in_nats(self) -> bool:
+        """The loss is a mean cross-entropy: 0.01 is a mean confidence of 99 %."""
+        loss_fn = None if self.capture is None else self.capture.loss_fn
+        return isinstance(loss_fn, NATS) and loss_fn.reduction == "mean"
 
     def loss(self) -> Tensor | None:
         """The captured loss of this step, on the device."""

@@ -57,16 +57,17 @@ class RulePolicy:
     run breaks in it.
 
     tries: modes that are tried also where nothing stands out, once the base has taken `after` steps and the gradients of
-    successive batches agree: below a |cosine| of `agrees` there is more noise in them than signal, and curvature is not
-    what limits the run. Above it no number that a short run can afford tells whether they are faster (docs/evidence.md,
-    "who need not try kfac"), their trial does. They are left when they gain no more.
+    successive batches agree: below a |cosine| of `agrees` there is more than twice as much noise in them as signal, and
+    curvature is not what limits the run. Above it no number that a short run can afford tells whether they are faster
+    (docs/evidence.md, "who need not try kfac"), their trial does. They are left when they gain no more, and when all labels are
+    learnt: what is gained from there on is confidence in noise, which only validation would show.
     """
 
     dwell: int = 50
     table: Sequence[Rule] = TABLE
     tries: Sequence[str] = ("kfac",)
     after: int = 25
-    agrees: float = 0.5
+    agrees: float = 0.3
 
     def decide(self, diagnosis: Diagnosis, history: History) -> Decision:
         mode, reason, expects = history.mode, "", None
@@ -90,7 +91,11 @@ class RulePolicy:
     def _no_gain(self, history: History) -> Decision | None:
         """Out of a mode that was tried once it gains no more: where the rest is noise the base settles lower."""
         levels = history.stays[-1].levels[-2 * LEVELS :] if history.stays else ()
-        if history.mode not in self.tries or history.trial is not None or len(levels) < 2 * LEVELS:
+        if history.mode not in self.tries or history.trial is not None:
+            return None
+        if history.learnt:
+            return Decision(reason=f"all labels are learnt, {history.mode} has nothing left to gain")
+        if len(levels) < 2 * LEVELS:
             return None
         before, now = median(levels[:LEVELS]), median(levels[LEVELS:])
         if now < before:
@@ -104,6 +109,7 @@ class RulePolicy:
         if (
             not history.can_try
             or history.ending
+            or history.learnt
             or history.mode != "base"
             or history.trial is not None
             or history.step - history.mode_since < self.after

@@ -277,4 +277,5 @@ class History:
     stays: tuple[Stay, ...] = ()  # the latest, oldest first; the last one is the present
     can_try: bool = True  # a mode may be tried without a cause: the loss is seen, and nothing holds the step
     agreement: float | None = None  # mean |cosine| between the gradients of successive batches; None: not seen lately
+    learnt: bool = False  # a cross-entropy so low that nearly every label is predicted for certain
     ending: bool = False  # the schedule's learning rate is below a tenth of its peak

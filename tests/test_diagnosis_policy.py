@@ -172,8 +172,9 @@ def test_a_mode_that_was_only_tried_is_left_when_it_gains_no_more(levels, mode):
         (replace(ABLE, trial="spectral"), "base"),
         (replace(ABLE, not_before={"kfac": 300}), "base"),
         (replace(ABLE, available=frozenset({"base", "sam"})), "base"),
-        (replace(ABLE, agreement=0.49), "base"),  # noise limits the run
+        (replace(ABLE, agreement=0.29), "base"),  # noise limits the run
         (replace(ABLE, agreement=None), "base"),
+        (replace(ABLE, learnt=True), "base"),
         (replace(ABLE, ending=True), "base"),  # its gain would come too late
         (replace(ABLE, mode="sam"), "sam"),
     ],

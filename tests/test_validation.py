@@ -233,7 +233,7 @@ def test_sam_is_tried_when_labels_are_learnt_by_heart(whole):
     bare = noisy()
     learnt = train(bare, torch.optim.AdamW(bare.model.parameters(), lr=3e-3))
     begun = [e for e in whole.said if e.name == "sam" and "learns by heart" in e.seen and e.outcome == "pending"]
-    assert begun[0].done == "switched from base to sam, rho 0.01 -> 0.02"
+    assert begun[0].done == "switched from kfac to sam, rho 0.01 -> 0.02"  # which had learnt it faster
     assert not any(e.name == "rollback" for e in whole.said)  # training progress that sam undoes is not lost
     assert any(e.name == "sam" and e.outcome == "kept" for e in whole.said)
     assert whole.task.evaluate()["test_accuracy"] > learnt.metrics["test_accuracy"] + 4

@@ -156,6 +156,8 @@ def _left_out(R: np.ndarray, W: np.ndarray, T: np.ndarray, H: np.ndarray, n: int
     if not all(np.isfinite(x).all() for x in (R, W, T, H)):
         raise FloatingPointError("xtrace: a matrix-vector product is not finite")
     k = len(R)
+    if k == n:  # Q fills the space: there is nothing to leave out, and what little u is left would lose its digits
+        return float(np.trace(H)), 0.0
     triangle = R / (np.abs(np.diag(R)).max() or 1.0)
     np.fill_diagonal(triangle, np.maximum(np.diag(triangle), 1e-30))  # a missing rank: its direction in Q is as good as any
     S = np.eye(k)
@@ -168,8 +170,8 @@ def _left_out(R: np.ndarray, W: np.ndarray, T: np.ndarray, H: np.ndarray, n: int
     form = (W * R).sum(0) + (T * C).sum(0) + (C * R).sum(0) + (C * (H @ C)).sum(0)  # u'A u
     each = np.trace(H) - (S * (H @ S)).sum(0) + (n - k + 1) * form / length
     if k == 1:  # nothing scatters
-        return float(each[0]), 0.0 if n == 1 else np.inf
-    wider = DEPENDENCE * np.sqrt(n / (n - k) * (k - 1) / (k - 3)) if 3 < k < n else 1.0 if k == n else np.inf
+        return float(each[0]), np.inf
+    wider = DEPENDENCE * np.sqrt(n / (n - k) * (k - 1) / (k - 3)) if k > 3 else np.inf
     return float(each.mean()), float(wider * each.std(ddof=1) / np.sqrt(k))
 
 

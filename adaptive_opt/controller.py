@@ -739,6 +739,11 @@ class Controller:
             self._wait(trial.name)
             self._enter("base", ctx)
             return False
+        if not self._holds(trial, ctx, events):
+            events.append(replace(trial.event, outcome="reverted", result="the next batch is of another size"))
+            self.trial = None
+            self._wait(trial.name)
+            return self._take_back(trial, ctx, always=True)
         if self.steps < trial.until:
             return False
         self.trial = None
@@ -769,6 +774,15 @@ class Controller:
         self._wait(trial.name)
         return self._take_back(trial, ctx)
 
+    def _holds(self, trial: Trial, ctx: StepContext, events: list[Event]) -> bool:
+        """Whether what a mode on trial was entered for is there in this batch too."""
+        holds: Callable[[StepContext], bool] = getattr(self.modes.get(trial.name), "holds", lambda ctx: True)
+        try:
+            return holds(ctx)
+        except Exception as error:
+            self._distrust(error, events)
+            return True
+
     def _judge(self, trial: Trial, trend: Trend, ctx: StepContext, events: list[Event]) -> Verdict:
         if trial.name == "escape" and trial.until == trial.event.step + 1:
             ctx.cost += 2 * FORWARD
@@ -797,15 +811,15 @@ class Controller:
         ratio = (since / (self.steps - trial.event.step)) / (before / trial.event.step)
         return 2.0 ** max(round(2 * math.log2(ratio)) / 2, 0.0)
 
-    def _take_back(self, trial: Trial, ctx: StepContext) -> bool:
-        """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there."""
+    def _take_back(self, trial: Trial, ctx: StepContext, always: bool = False) -> bool:
+        """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there, or in any case."""
         larger_dose = trial.before is not None and trial.before.mode == trial.name  # of the mode that goes on
         of_a_mode = trial.name in self.modes and not larger_dose
         if of_a_mode:
             self._enter("base", ctx)
             losses = self.signals.losses
             no_higher = trial.level is None or not losses or median(losses[-10:]) <= trial.level  # or nothing shows that it is
-            if no_higher and trial.name != "sam":  # what is learnt by heart has a low loss
+            if no_higher and trial.name != "sam" and not always:  # what is learnt by heart has a low loss
                 return False
         if trial.before is None:
             return False

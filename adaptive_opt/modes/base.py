@@ -50,7 +50,12 @@ def all_params(base: Optimizer) -> list[Tensor]:
 
 
 class Mode(Protocol):
-    """Takes the step. Hyperparameters belong to the constructor, the problem to the context."""
+    """Takes the step. Hyperparameters belong to the constructor, the problem to the context.
+
+    A mode may also have `stronger()`, the next larger dose in words, or None (sam); `helps`, False where it found at `enter`
+    that it has nothing to do; and `holds(ctx)`, False where a later batch does not show what it was entered for
+    (standardised).
+    """
 
     name: str
     needs_replay: bool

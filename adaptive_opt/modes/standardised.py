@@ -23,6 +23,7 @@ KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 FEWEST = 32  # rows of a layer's input from which a spread is worth the name
 UNITS = 30.0  # times the median spread that the largest of features in one unit is, at most (docs/evidence.md, "raw features")
 WORTH = 0.5  # of the loss, at most, must be left at the other start (docs/evidence.md, "raw features")
+ALIKE = 10.0  # times, by which the sizes of two batches of the same data differ at most
 CONSTANT = 1e-6  # of a feature's root mean square: a spread that is less is rounding
 
 
@@ -33,6 +34,11 @@ class Inputs:
     bias: int | None  # its position among the base's parameters; None: there is none, and z is not centred
     mean: Tensor  # (n,) n inputs (of a convolution: channels)
     spread: Tensor  # (n,)
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the largest feature."""
+        return float((self.mean.square() + self.spread.square()).max().sqrt())
 
     def into(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(W~, b~)"""
@@ -61,6 +67,8 @@ class Standardised:
     W <- W / spread and b <- b - W mean / spread; `ctx.moved` then says that the gradients are of another place. Elsewhere, as
     where something was learned, the function stays. Weight decay shrinks W~. Without a bias nothing is centred.
 
+    The next batch must be of about the same size (`holds`): a first batch that is broken looks like data that nobody scaled.
+
     Linear layers and convolutions without groups, of weights that no other layer has, in 32 bits and more.
 
     raw: root mean square of a layer's largest feature, beyond which it counts (docs/evidence.md, "raw features").
@@ -77,6 +85,7 @@ class Standardised:
         self._model: nn.Module | None = None
         self._layers: dict[int, Inputs] = {}  # by the position of the weight
         self.helps = False  # the loss of the batch at which it began was clearly lower at the other start
+        self.sure = False  # another batch was of that size
 
     def refuses(self, base: Optimizer) -> str | None:
         if any(map(is_sharded, all_params(base))):
@@ -88,7 +97,7 @@ class Standardised:
 
     @torch.no_grad()
     def enter(self, ctx: StepContext) -> None:
-        self._layers, self.helps = {}, False
+        self._layers, self.helps, self.sure = {}, False, False
         if self._model is None or ctx.objective is None:
             return
         try:
@@ -100,6 +109,16 @@ class Standardised:
         except Exception as error:  # the batch cannot be had again: the base's own step
             ctx.failure, self._layers = error, {}
         self._forget(ctx)
+
+    @torch.no_grad()
+    def holds(self, ctx: StepContext) -> bool:
+        """Whether the data of this batch is of the size that it was taken for; asked until one batch has shown that it is."""
+        if self.sure or self._model is None or ctx.objective is None:
+            return True
+        now = self._measured(self._model, ctx.objective, all_params(ctx.base))
+        ctx.cost += 0.35  # a forward pass
+        self.sure = all(i in now and 1 / ALIKE < now[i].size / x.size < ALIKE for i, x in self._layers.items())
+        return self.sure
 
     @torch.no_grad()
     def exit(self, ctx: StepContext) -> None:
@@ -190,9 +209,10 @@ class Standardised:
                     ctx.base.state.pop(params[position], None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"layers": {i: dict(vars(x)) for i, x in self._layers.items()}}
+        return {"layers": {i: dict(vars(x)) for i, x in self._layers.items()}, "sure": self.sure}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sure = state.get("sure", False)
         self._layers = {i: Inputs(**x) for i, x in state["layers"].items()}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -37,13 +37,17 @@ class Agreement:
         self.read = 0  # the step at which it ended
 
     def due(self, step: int) -> bool:
-        return step >= FIRST and (step - FIRST) % EVERY <= WINDOW
+        """In a window, or past the end of one whose last step was not good."""
+        return step >= FIRST and ((step - FIRST) % EVERY <= WINDOW or len(self.cosines) >= FEWEST)
 
     def see(self, step: int, params: Sequence[Tensor], indices: Sequence[int]) -> bool:
-        """The gradients of a good step that is due; True where a window ends with it."""
-        if step - self.seen > WINDOW:
+        """The gradients of a good step that is due; True where a window ends with it. On several devices nothing is seen."""
+        gradients = [p.grad for p in params if p.grad is not None]
+        if len({g.device for g in gradients}) != 1:
+            return False
+        g = flatten(gradients)
+        if step - self.seen > WINDOW or not _alike(g, self.last):
             self.forget()
-        g = flatten([p.grad for p in params if p.grad is not None])
         size = torch.linalg.vector_norm(g).clamp_min(torch.finfo(g.dtype).tiny)
         g /= size  # three digits are plenty here, so nothing is added up in a wider type
         if self.last is not None and self.indices == tuple(indices):
@@ -70,3 +74,8 @@ class Agreement:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "cosines": list(state["cosines"]), "indices": tuple(state["indices"])})
+
+
+def _alike(g: Tensor, last: Tensor | None) -> bool:
+    """Whether the two can be multiplied: the model may have been moved, or cast, between two steps."""
+    return last is None or (g.shape, g.dtype, g.device) == (last.shape, last.dtype, last.device)

@@ -138,10 +138,11 @@ class Controller:
             decision = self.policy.decide(diagnosis, self._history())
             self._say_untreated(trend, decision, events)
             patient = Patient(ctx, trend, reading, recent, self.memory.bottom, self.memory.below, self.gate.model)
+            decided_in = self.mode
             instead = self._act(decision, patient, events)
-        if decision is not None and not instead:  # what a return has thrown out does not come back by the same decision
-            self._switch(decision, ctx, trend, events)
-            instead = ctx.moved
+            if not instead and self.mode == decided_in:  # what was thrown out does not come back by the same decision
+                self._switch(decision, ctx, trend, events)
+            instead = instead or ctx.moved
         if not instead:
             self._take_step(ctx, trend, events)
         self.treatment_cost += ctx.cost
@@ -227,8 +228,8 @@ class Controller:
     @property
     def _learnt(self) -> bool:
         """A cross-entropy so low that nearly every label is predicted for certain."""
-        recent = self.signals.losses[-FEWEST:]
-        return self.gate.in_nats and len(recent) == FEWEST and median(recent) < LEARNT
+        recent = self.signals.nats[-FEWEST:]
+        return len(recent) == FEWEST and 0 <= median(recent) < LEARNT
 
     @property
     def _validates(self) -> bool:
@@ -294,14 +295,16 @@ class Controller:
         if rollback is not None:
             self.statistics.attach(self.gate.model)  # the policy may be another than it was
             moments = self.statistics.look()
-        value = loss if loss is not None else self.gate.loss()
+        value, nats = loss if loss is not None else self.gate.loss(), self.gate.nats()
         numbers = [total_norm(ctx.given)]
         numbers += [value.detach().reshape(-1)[:1]] if isinstance(value, Tensor) else []
+        numbers += [nats.reshape(1)] if nats is not None else []
         numbers += [moments] if moments is not None else []
         (size, *_), *rest = on_host(numbers)
         value = rest.pop(0)[0] if isinstance(value, Tensor) else None if value is None else float(value)
+        nats = rest.pop(0)[0] if nats is not None else math.inf
         poison = self.statistics.judge(self.steps, rest[0]) if moments is not None else None
-        value, size, poison = self._agree(ctx, value, size, poison)
+        value, size, poison, nats = self._agree(ctx, value, size, poison, nats)
         unseen = value is None and self.gate.given is not None and self.gate.trusted
         tried = self.trial is not None and self.trial.name in self.modes
         due = self.steps < SAMPLE_EVERY or self.steps % (SAMPLE_TRIED if tried else SAMPLE_EVERY) == 0
@@ -312,7 +315,7 @@ class Controller:
             except Exception as error:
                 ctx.failure = error
                 self._failed(ctx, events)
-        trend = self.signals.judge(self.steps, value, size, self._largest_lr, self._held)
+        trend = self.signals.judge(self.steps, value, size, self._largest_lr, self._held, nats)
         if rollback is not None and rollback.cliffs:
             trend = replace(trend, rising=False)
         return replace(trend, poison=poison) if poison is not None and trend.finite and not trend.spike else trend
@@ -329,16 +332,16 @@ class Controller:
         return trend if found is None else replace(trend, outlier=found)
 
     def _agree(
-        self, ctx: StepContext, loss: float | None, grad_norm: float, poison: Outlier | None
-    ) -> tuple[float | None, float, Outlier | None]:
+        self, ctx: StepContext, loss: float | None, grad_norm: float, poison: Outlier | None, nats: float
+    ) -> tuple[float | None, float, Outlier | None, float]:
         """What the processes of a team know of this step, as one: the mean loss, and what all can do. One collective."""
         team = self.team
         if team.size == 1:
-            return loss, grad_norm, poison
+            return loss, grad_norm, poison, nats
         able, judge = ctx.objective is not None, self.validate is not None
         costs = self._costs(ctx.objective) if ctx.objective is not None else (0.0, 0.0)
         bad = 0.0 if poison is None else poison.factor
-        mine = [1.0, able, judge, loss is not None, loss or 0.0, grad_norm, *costs, bad]
+        mine = [1.0, able, judge, loss is not None, loss or 0.0, grad_norm, *costs, bad, nats]
         here, able, judge, seen, *sums = team.sums(mine)
         self.all_validate = judge == team.size
         ctx.short = here < team.size
@@ -349,12 +352,12 @@ class Controller:
             ctx.objective = None
         if sums[4] > 0 and poison is None:  # another process has seen it
             poison = Outlier(self.steps, sums[4], STANDS_OUT)
-        return sums[0] / seen if seen else None, sums[1] / here, poison
+        return sums[0] / seen if seen else None, sums[1] / here, poison, sums[5] / here
 
     def shadow(self) -> None:
         """The part of a step in which a process that has no batch left must join in, so that the others need not wait."""
         if self.team.size > 1:
-            self.team.sums([0.0] * 9)
+            self.team.sums([0.0] * 10)
 
     def _costs(self, objective: Objective) -> tuple[float, float]:
         layers = self.gate.model is not None and self.first_layers != ()  # () after a reading that found none
@@ -733,7 +736,8 @@ class Controller:
         if trial is None or ctx.short:
             return False
         if trial.name in getattr(self.policy, "tries", ()) and self._learnt:
-            result = f"all labels are learnt (loss {median(self.signals.losses[-FEWEST:]):.2g}): nothing left to gain"
+            loss = median(self.signals.nats[-FEWEST:])
+            result = f"all labels are learnt (loss {loss:.2g}): nothing left to gain, back to base"
             events.append(replace(trial.event, outcome="done", result=result))
             self.trial = None
             self._wait(trial.name)

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adaptive_opt.capture import Ambient, Capture, device_of
+from adaptive_opt.capture import Ambient, Capture, LossCall, device_of
 from adaptive_opt.curvature import whole
 from adaptive_opt.modes import Mode, StepContext, all_params
 from adaptive_opt.objective import CapturedBatch, Closure, GivenLoss, Objective, ReplayError, Source, agreement
 from adaptive_opt.parallel import ALONE, Team, world
 
-NATS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 STATE = ("trusted", "distrust", "scaled_loss", "clip_norm")
 COSINE, COSINE_LOW = (
     0.999,
@@ -59,11 +58,16 @@ class Gate:
         objective = self._objective(closure, ambient, params, every) if self.trusted is not False and params else None
         return StepContext(self.base, params, [i for i, _ in chosen], objective, mode, team=self.team, given=given)
 
-    @property
-    def in_nats(self) -> bool:
-        """The loss is a mean cross-entropy: 0.01 is a mean confidence of 99 %."""
+    def nats(self) -> Tensor | None:
+        """The loss as loss_fn returned it, where that is a mean cross-entropy of one label a row: at 0.01 nats the labels are
+        predicted with a mean confidence of 99 %. None elsewhere: binary ones and those over pixels are as low where a rare
+        class is never predicted, and class weights take a part of the rows out.
+        """
         loss_fn = None if self.capture is None else self.capture.loss_fn
-        return isinstance(loss_fn, NATS) and loss_fn.reduction == "mean"
+        if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or loss_fn.reduction != "mean":
+            return None
+        known = loss_fn.weight is None and all(map(_one_label_a_row, self._losses()))
+        return self.loss() if known else None
 
     def loss(self) -> Tensor | None:
         """The captured loss of this step, on the device."""
@@ -200,9 +204,13 @@ class Gate:
 
     def _captured_scale(self) -> float:
         """Sum of the weights that backward gave the captured losses: 1, or what a gradient scaler multiplied by."""
-        calls = self.capture.step_calls() if self.capture is not None else []
-        weights = [r.weight for c in calls for r in c.losses if r.weight is not None]
+        weights = [r.weight for r in self._losses() if r.weight is not None]
         return float(torch.stack([w.float().sum() for w in weights]).sum()) if weights else 1.0
+
+    def _losses(self) -> list[LossCall]:
+        """The losses that this step's gradients are made of."""
+        calls = self.capture.step_calls() if self.capture is not None else []
+        return [r for c in calls for r in c.losses if r.weight is not None]
 
     def _loss_scale(self) -> float:
         return (self._captured_scale() * self.scaled_loss or 1.0) if self.scaled_loss else 1.0
@@ -218,6 +226,12 @@ class Gate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in STATE:
             setattr(self, name, state[name])
+
+
+def _one_label_a_row(call: LossCall) -> bool:
+    args, kwargs = call.args
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    return isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point()
 
 
 def _power_of_two(x: float) -> bool:

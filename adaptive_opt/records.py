@@ -188,6 +188,7 @@ class Trend:
     outlier: Outlier | None = None  # one of the first batches lost far more than the others at the same parameters
     poison: Outlier | None = None  # a batch far out of what the running statistics have seen
     lost: float = 0.0  # share of all progress that is gone again: 0 at the best level so far, 1 at the start's
+    nats: float = math.inf  # the mean cross-entropy of one label a row that loss_fn returned; inf: it is no such loss
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,21 @@ class Signals:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.loss_steps: list[int] = []  # whose they are
+        self.nats: list[float] = []  # and what loss_fn itself returned there, see Trend
         self.norm_steps: list[int] = []
         self.first_loss: float | None = None  # median of the first ten
         self.best_loss: float | None = None  # lowest running median
         self.peak = 0.0  # the largest learning rate so far
 
-    def judge(self, step: int, loss: float | None, grad_norm: float | None, lr: float = 1.0, held: float = 1.0) -> Trend:
+    def judge(
+        self,
+        step: int,
+        loss: float | None,
+        grad_norm: float | None,
+        lr: float = 1.0,
+        held: float = 1.0,
+        nats: float = math.inf,
+    ) -> Trend:
         """The Trend of a step that has not been taken yet; nothing but the largest learning rate is remembered.
 
         held: the share of that rate that the step is held at; one held short stands still by itself.
@@ -55,6 +64,7 @@ class Signals:
             stalled=held * lr >= TAIL * self.peak and self._stalled(),
             rising=loss is not None and self._rising(loss),
             lost=self._lost(level),
+            nats=nats,
         )
 
     def remember(self, trend: Trend) -> None:
@@ -62,6 +72,7 @@ class Signals:
         if trend.loss is not None:
             _push(self.losses, trend.loss)
             _push(self.loss_steps, trend.step)
+            _push(self.nats, trend.nats)
             if len(self.losses) == 10 and self.first_loss is None:
                 self.first_loss = median(self.losses)
             if len(self.losses) >= 20:
@@ -79,7 +90,7 @@ class Signals:
         """
         last = -1 if but is None else but
         losses, norms = bisect_right(self.loss_steps, last), bisect_right(self.norm_steps, last)
-        self.losses, self.loss_steps = self.losses[:losses], self.loss_steps[:losses]
+        self.losses, self.loss_steps, self.nats = self.losses[:losses], self.loss_steps[:losses], self.nats[:losses]
         self.norms, self.norm_steps = self.norms[:norms], self.norm_steps[:norms]
         self.best_loss = median(self.losses[-20:]) if len(self.losses) >= 20 else None
 
@@ -143,8 +154,10 @@ class Signals:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})
+        if "nats" not in state:
+            self.nats = [math.inf] * len(self.losses)  # neither did an older version know these
         if len(self.losses) != len(self.loss_steps) or len(self.norms) != len(self.norm_steps):
-            self.losses, self.norms, self.loss_steps, self.norm_steps = [], [], [], []  # an older version kept no steps
+            self.losses, self.norms, self.loss_steps, self.norm_steps, self.nats = [], [], [], [], []  # nor kept steps
 
 
 def _faded(values: list[float]) -> float:

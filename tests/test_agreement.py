@@ -69,6 +69,27 @@ def test_gradients_of_other_parameters_are_not_compared_and_none_is_no_number():
     assert seen([torch.zeros(5)] * (WINDOW + 1)).now(END) == 0.0
 
 
+def test_parameters_on_two_devices_and_a_model_that_was_moved_on_the_way_are_no_error():
+    agreement, here = Agreement(), torch.nn.Parameter(torch.zeros(5))
+    there = torch.nn.Parameter(torch.zeros(5, device="meta"))
+    here.grad, there.grad = torch.ones(5), torch.ones(5, device="meta")
+    assert not agreement.see(END, [here, there], (0, 1))
+    for step in range(FIRST, END + 1):
+        w = here if step < FIRST + 4 else torch.nn.Parameter(here.double())
+        w.grad = torch.ones_like(w)
+        agreement.see(step, [w], (0,))
+    assert agreement.now(END) == pytest.approx(1)  # of the steps since
+
+
+def test_a_window_whose_last_step_was_not_good_ends_with_the_next():
+    late = seen([torch.ones(5)] * WINDOW)
+    assert late.due(END + 1)
+    w = torch.nn.Parameter(torch.ones(5))
+    w.grad = torch.ones(5)
+    assert late.see(END + 1, [w], (0,))
+    assert (late.now(END + 1), late.due(END + 2)) == (pytest.approx(1), False)
+
+
 @pytest.mark.parametrize(("agreement", "tried"), [(None, False), (0.29, False), (0.31, True)])
 def test_a_mode_is_tried_only_where_there_is_more_signal_than_noise(agreement, tried):
     decision = RulePolicy().decide(HEALTHY, History(step=30, agreement=agreement))
@@ -82,6 +103,55 @@ def test_a_mode_is_neither_tried_nor_kept_for_progress_when_all_labels_are_learn
     kept = RulePolicy().decide(HEALTHY, History(step=90, mode="kfac", mode_since=25, learnt=True))
     assert (tried.mode, kept.mode) == ("base", "base")
     assert kept.reason == "all labels are learnt, kfac has nothing left to gain"
+
+
+LABELS = torch.arange(12) % 5
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "outputs", "target", "known"),
+    [
+        (nn.CrossEntropyLoss(), (12, 5), LABELS, True),
+        (nn.NLLLoss(), (12, 5), LABELS, True),
+        (nn.CrossEntropyLoss(), (12, 5), torch.full((12, 5), 0.2), False),
+        (nn.CrossEntropyLoss(), (2, 5, 3, 3), torch.zeros(2, 3, 3, dtype=torch.long), False),  # of pixels
+        (nn.CrossEntropyLoss(weight=torch.tensor([1e-6, 1, 1, 1, 1])), (12, 5), LABELS, False),
+        (nn.CrossEntropyLoss(reduction="sum"), (12, 5), LABELS, False),
+        (nn.BCEWithLogitsLoss(), (12,), torch.zeros(12), False),  # below 0.01 where one in a thousand is positive
+        (nn.MSELoss(), (12,), torch.zeros(12), False),
+    ],
+)
+def test_only_a_mean_cross_entropy_of_one_label_a_row_tells_that_labels_are_learnt(loss_fn, outputs, target, known):
+    model = nn.Sequential(nn.Flatten(0), nn.Linear(4, math.prod(outputs)), nn.Unflatten(0, outputs))
+    optimizer = AdaptiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn=loss_fn)
+    loss = loss_fn(model(torch.ones(4)), target)
+    (0.01 * loss).backward()
+    nats = optimizer.control.gate.nats()
+    assert nats is None if not known else nats.item() == pytest.approx(loss.item())
+
+
+def test_what_a_closure_returns_is_no_cross_entropy_though_the_loss_fn_is():
+    torch.manual_seed(0)
+    criterion = nn.CrossEntropyLoss()
+    model = nn.Linear(5, 3)
+    optimizer = AdaptiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn=criterion)
+    x, y, losses = torch.randn(30, 5), torch.arange(30) % 3, []
+
+    def closure():
+        optimizer.zero_grad()
+        losses.append(criterion(model(x), y))
+        share = 0.005 * losses[-1]
+        share.backward()
+        return share
+
+    for _ in range(12):
+        optimizer.step(closure)
+    signals = optimizer.control.signals
+    assert max(signals.losses) < 0.01
+    assert signals.nats == pytest.approx([loss.item() for loss in losses])
+    assert not optimizer.control._learnt
+    signals.forget(but=3)
+    assert len(signals.nats) == len(signals.losses) == 4
 
 
 @pytest.mark.parametrize(("loss_fn", "nats"), [(nn.CrossEntropyLoss(), True), (nn.CrossEntropyLoss(reduction="sum"), False)])

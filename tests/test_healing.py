@@ -284,6 +284,25 @@ def test_a_mode_in_which_the_run_breaks_is_left_and_not_entered_again_by_the_sam
     assert set(modes[80:]) == {"base"}
 
 
+class Saddles(RulePolicy):
+    """Sees a saddle at step 30, in the middle of kfac's trial, and there is none."""
+
+    def decide(self, diagnosis, history):
+        saddle = Finding(Condition.SADDLE, -1.0, 0.0, "negative curvature")
+        return super().decide(Diagnosis(30, (saddle,)) if history.step == 30 else diagnosis, history)
+
+
+def test_a_trial_that_an_intervention_cuts_short_is_not_entered_again_by_the_same_decision():
+    task = Canyon(seed=0)
+    optimizer = wrap(task, torch.optim.AdamW(task.model.parameters(), lr=0.03), policy=Saddles(), probe=LanczosProbe(price=1.0))
+    outcome = train(task, optimizer, steps=40)
+    said = [line for line in outcome.treatments if "kfac" in line]
+    assert "pending" in said[0]  # since step 25
+    assert said[1:] == [said[0].replace("pending", "done: no verdict: cut short by escape")]
+    assert (optimizer.control.mode, optimizer.control.mode_since) == ("base", 30)
+    assert optimizer.control.not_before["kfac"] == 130
+
+
 class SharpPolicy(RulePolicy):
     """RulePolicy that takes every step for sharp."""
 

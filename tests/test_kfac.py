@@ -607,6 +607,24 @@ def test_an_exception_in_the_bases_step_leaves_parameters_and_groups_as_they_wer
         assert p.grad is grad
 
 
+@pytest.mark.parametrize("source", ["gradient", "kfac"])
+@pytest.mark.parametrize("base", [*BASES])
+def test_the_users_autocast_around_the_step_rounds_nothing_in_it(base, source):
+    plain, cast = make("mlp", 12), make("mlp", 12)
+    for problem in (plain, cast):
+        model = problem.model
+        optimizer = wrapped(problem, BASES[base](model.parameters()), "kfac", KFAC(source, every=2))
+        for i, (x, y) in enumerate(problem.batches):
+            optimizer.zero_grad()
+            problem.criterion(model(x), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=problem is cast):
+                optimizer.step()
+                if i == 9:
+                    optimizer.control.policy = ConstantPolicy("base")
+                assert torch.is_autocast_enabled("cpu") == (problem is cast)
+    assert_same(plain.model, cast.model, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weights_stay_in_their_own_storage(dtype, memory_format):

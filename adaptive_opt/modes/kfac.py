@@ -8,7 +8,7 @@ takes its own step first; that step is then preconditioned and given back its no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -109,6 +109,10 @@ class KFAC:
         self._factors, self._count = {}, 0
 
     def exit(self, ctx: StepContext) -> None:
+        with _full_precision(ctx.base):
+            self._leave(ctx)
+
+    def _leave(self, ctx: StepContext) -> None:
         for index, p in enumerate(all_params(ctx.base)):  # also what has no gradient in this very step
             f = self._factors.get(index)
             if f is None or not f.turned or self._linear:
@@ -125,12 +129,13 @@ class KFAC:
     def step(self, ctx: StepContext) -> None:
         self._count += 1
         self._linear = family(ctx.base) in LINEAR
-        self._observe(ctx)
-        self._turn(ctx)
-        if self._linear:
-            self._precondition_step(ctx)
-        else:
-            self._step_in_basis(ctx)
+        with _full_precision(ctx.base):
+            self._observe(ctx)
+            self._turn(ctx)
+            if self._linear:
+                self._precondition_step(ctx)
+            else:
+                self._step_in_basis(ctx)
         if self._taps is not None:
             self._taps.armed, self._new_taps = self._count % self.update_every == 0, False
 
@@ -373,6 +378,12 @@ def _matrix(x: Tensor) -> Tensor:
     """(m, n), a view where it can be, in float32 at least."""
     M = x.detach() if x.dim() == 2 else kron.as_matrix(x.detach())
     return M if M.dtype in (torch.float32, torch.float64) else M.float()
+
+
+def _full_precision(base: Optimizer) -> AbstractContextManager[Any]:
+    """Products in the tensors' own precision, also where the user's autocast is on around the step."""
+    kind = all_params(base)[0].device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _several() -> bool:

@@ -20,7 +20,7 @@ from adaptive_opt.capture import Ambient, Capture
 from adaptive_opt.curvature.vectors import on_host, total_norm
 from adaptive_opt.diagnosis import diagnose
 from adaptive_opt.gate import Gate
-from adaptive_opt.interventions import Applied, Damp, Patient, Rollback, RunningStatistics, Snapshot
+from adaptive_opt.interventions import Applied, AutoStep, Damp, Patient, Rollback, RunningStatistics, Snapshot
 from adaptive_opt.interventions.base import copied
 from adaptive_opt.interventions.statistics import STANDS_OUT
 from adaptive_opt.layers import with_drift
@@ -72,7 +72,8 @@ class Controller:
         self.validation = Validation(reproducible=probe.price is not None or probe.every is not None)
         self.all_validate = True  # every process that trains with this one has a `validate` too
         self.gate = Gate(base)
-        fitting = (name for name, mode in self.modes.items() if mode.refuses(base) is None)
+        automatic = any(isinstance(i, AutoStep) for i in self.interventions.values())  # of coordinates that must stay
+        fitting = (n for n, m in self.modes.items() if m.refuses(base) is None and not (automatic and self._starts_over(n)))
         self.available = frozenset({*fitting, *self.interventions})
         self.memory = ProbeMemory(torch.Generator().manual_seed(probe.seed))
         self.signals = Signals()
@@ -135,14 +136,17 @@ class Controller:
         self._remember(reading, events)
         decision, instead = None, taken_back
         if not taken_back:
-            decision = self.policy.decide(diagnosis, self._history())
-            self._say_untreated(trend, decision, events)
             patient = Patient(ctx, trend, reading, recent, self.memory.bottom, self.memory.below, self.gate.model)
-            decided_in = self.mode
-            instead = self._act(decision, patient, events)
-            if not instead and self.mode == decided_in:  # what was thrown out does not come back by the same decision
-                self._switch(decision, ctx, trend, events)
-            instead = instead or ctx.moved
+            for _ in range(2):  # again where a mode has nothing to do: it waits now, and the rest of the diagnosis has its turn
+                decision = self.policy.decide(diagnosis, self._history())
+                self._say_untreated(trend, decision, events)
+                decided_in = self.mode
+                instead = self._act(decision, patient, events)
+                if instead or self.mode != decided_in:  # what was thrown out does not come back by the same decision
+                    break
+                if self._switch(decision, ctx, trend, events) or decision.interventions:
+                    break
+            instead = instead or ctx.moved is not None
         if not instead:
             self._take_step(ctx, trend, events)
         self.treatment_cost += ctx.cost
@@ -610,7 +614,7 @@ class Controller:
                     self._wait(name)
                     events.append(Event(self.steps, name, why, "found nothing that helps", "done"))
                 continue
-            on_trial = applied.trial > 0 and (self.trial is None or name == "rollback")
+            on_trial = applied.trial > 0 and (self.trial is None or name == "rollback") and not self._goes_on(applied)
             event = Event(self.steps, name, why, applied.done, "pending" if on_trial else "done")
             events.append(event)
             if on_trial:
@@ -645,6 +649,11 @@ class Controller:
         self.trial = None
         self._enter("base", ctx)
 
+    def _goes_on(self, applied: Applied) -> bool:
+        """A return into a mode on trial that started over: it will be judged all the same."""
+        back, trial = applied.back_to, self.trial
+        return back is not None and trial is not None and back.mode == trial.name and self._starts_over(trial.name)
+
     def _moved(self, name: str, mode_then: str, ctx: StepContext, events: list[Event]) -> None:
         """The parameters jumped: what was averaged is of another place, and a mode in which the run broke is out."""
         if self.damp is not None:
@@ -653,8 +662,12 @@ class Controller:
         if self.length is not None:
             self.length.forget()
         self.alarm = self.alarm or name in ("rollback", "spectral")
-        if name == "rollback" and self.mode_is_treatment:
+        stays = self.mode == mode_then and self._starts_over(self.mode)  # elsewhere these parameters stand still
+        if name == "rollback" and self.mode_is_treatment and not stays:
             self.mode_is_treatment = False
+            if self.trial is not None and self.trial.name == mode_then:
+                events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
+                self.trial = None
             events.append(Event(self.steps, mode_then, "the run broke in this mode", "back to base", "reverted"))
             self._wait(mode_then)
             if self.mode != "base":
@@ -674,16 +687,39 @@ class Controller:
             self.mode, self.mode_since, self.length = snapshot.mode, self.steps, None
             self._listen()
 
-    def _switch(self, decision: Decision, ctx: StepContext, trend: Trend, events: list[Event]) -> None:
-        """Into another mode, with a snapshot to come back to when the policy expects something of it."""
+    def _starts_over(self, mode: str) -> bool:
+        """Whether this mode changes the parameters as it begins, where that helps."""
+        return hasattr(self.modes.get(mode), "helps")
+
+    def _helps(self, name: str, ctx: StepContext, events: list[Event]) -> bool:
+        """Whether a mode that starts over finds a better start; any other may be tried."""
+        if not self._starts_over(name):
+            return True
+        mode: Any = self.modes[name]
+        mode.listen(self.gate.model, self.base)
+        found = mode.helps(ctx)
+        mode.listen(None, self.base)
+        self._failed(ctx, events)
+        return found
+
+    def _switch(self, decision: Decision, ctx: StepContext, trend: Trend, events: list[Event]) -> bool:
+        """Into another mode, with a snapshot to come back to when the policy expects something of it.
+
+        False where that mode has nothing to do here: everything is as it was, and it waits.
+        """
         wanted, old = decision.mode, self.mode
         if wanted not in self.modes or (wanted == old and decision.expects is None):
-            return
-        if self.modes[wanted].needs_replay and not (self.gate.trusted or self._trust(ctx, events)):
-            return
+            return True
+        replays = self.modes[wanted].needs_replay or self._starts_over(wanted)
+        if replays and not (self.gate.trusted or self._trust(ctx, events)):
+            return True
         on_trial = decision.expects is not None and wanted != "base"
+        why = decision.reason or "the policy says so"
+        if on_trial and wanted != old and not self._helps(wanted, ctx, events):
+            self._wait(wanted)
+            events.append(Event(self.steps, wanted, why, "found nothing that helps", "done"))
+            return False
         looked = wanted == "sam" and self._validates
-        shown = self._validation(events) if on_trial and not looked else None
         before = Snapshot.take(self.steps, ctx) if on_trial else None
         length = self.length
         done = f"switched from {old} to {wanted}"
@@ -692,30 +728,27 @@ class Controller:
             if wanted == "base" and self.mode_is_treatment:
                 self._wait(old)
             self._enter(wanted, ctx, as_treatment=on_trial)
-            if before is not None and not getattr(self.modes[wanted], "helps", True):
-                self._enter(old, ctx)
-                before.restore(self.base)
-                self._wait(wanted)
-                why = decision.reason or "the policy says so"
-                events.append(Event(self.steps, wanted, why, "found nothing that helps", "done"))
-                return
+            if ctx.moved is not None:
+                m = ctx.moved
+                done = f"{done}: {m.done}, loss {m.before:.4g} -> {m.after:.4g}; this batch's step was skipped"
             if on_trial and wanted not in self.failures and (words := stronger()) is not None:  # see sam.py, DOSES
                 done = f"{done}, {words}"
         elif (words := stronger()) is not None:
             self.mode_since, done = self.steps, f"{wanted} with {words}"
         else:
-            return
-        why = decision.reason or "the policy says so"
+            return True
+        shown = self._validation(events) if on_trial and not looked else None
         event = Event(self.steps, wanted, why, done, "pending" if on_trial else "done")
         events.append(event)
         if on_trial:
             until = self.steps + self._trial_of(wanted)
             steps, losses = self.signals.loss_steps[-BEFORE:], self.signals.losses[-BEFORE:]
-            level = trend.usual_loss if trend.usual_loss is not None else trend.loss
-            self.trial = Trial(wanted, event, until, level, steps, losses, before, shown)
+            level = trend.usual_loss if ctx.moved is None else ctx.moved.after
+            self.trial = Trial(wanted, event, until, level, steps, losses, before, shown, moved=ctx.moved is not None)
             self.trial.seconds, self.trial.length = self._training, None if length is None else length.state_dict()
             if looked:
                 self.signals.forget()  # what was learnt by heart shall be lost: lost progress counts from here
+        return True
 
     def _trial_of(self, mode: str) -> int:
         """Steps: sam's needs looks at the validation loss."""
@@ -747,7 +780,7 @@ class Controller:
             events.append(replace(trial.event, outcome="reverted", result="the next batch is of another size"))
             self.trial = None
             self._wait(trial.name)
-            return self._take_back(trial, ctx, always=True)
+            return self._take_back(trial, ctx)
         if self.steps < trial.until:
             return False
         self.trial = None
@@ -796,8 +829,8 @@ class Controller:
             looks = self.validation.looks
             before = [look for look in looks if look.step <= trial.event.step]
             return verify.better_validation(before, self.validation.since(trial.event.step))
-        if trial.name in self.modes and len(trial.losses_before) < FEWEST:  # no progress to compare with: it began at the start
-            return verify.lower_level(trial.level, since)
+        if trial.moved:  # of progress before there is none that compares
+            return verify.no_worse(verify.lower_level(trial.level, since), trial.validation, self._validation(events))
         if trial.name in self.modes:
             price = self.team.first(self._price(trial))  # each process measured its own time
             steps = [step for step in (*self.signals.loss_steps, self.steps) if step > trial.event.step][: len(since)]
@@ -815,15 +848,15 @@ class Controller:
         ratio = (since / (self.steps - trial.event.step)) / (before / trial.event.step)
         return 2.0 ** max(round(2 * math.log2(ratio)) / 2, 0.0)
 
-    def _take_back(self, trial: Trial, ctx: StepContext, always: bool = False) -> bool:
-        """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there, or in any case."""
+    def _take_back(self, trial: Trial, ctx: StepContext) -> bool:
+        """Out of a mode; back to the snapshot too, unless the loss is no higher than it was there."""
         larger_dose = trial.before is not None and trial.before.mode == trial.name  # of the mode that goes on
         of_a_mode = trial.name in self.modes and not larger_dose
         if of_a_mode:
             self._enter("base", ctx)
             losses = self.signals.losses
             no_higher = trial.level is None or not losses or median(losses[-10:]) <= trial.level  # or nothing shows that it is
-            if no_higher and trial.name != "sam" and not always:  # what is learnt by heart has a low loss
+            if no_higher and trial.name != "sam" and not trial.moved:  # what is learnt by heart has a low loss
                 return False
         if trial.before is None:
             return False
@@ -831,6 +864,10 @@ class Controller:
         if of_a_mode:  # the mode before is on again, as it was
             self.length = StepLength.from_state_dict(trial.length)
             self.mode_is_treatment = self.length is not None
+        if trial.moved:  # nothing of the other start is a level, or a place to go back to, for this one
+            self.signals.forget(trial.event.step)
+            if self.rollback is not None:
+                self.rollback.forget()
         self.statistics.restore()
         return True
 

@@ -48,6 +48,7 @@ class Trial:
     longer: int = 0  # times that it was made longer
     seconds: float = 0.0  # that the run had taken, readings left out
     length: dict[str, Any] | None = None  # the state of the step length in the mode before
+    moved: bool = False  # the mode has changed the parameters as it began: `level` is of there
 
     def state_dict(self) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k not in ("event", "before")}
@@ -116,11 +117,14 @@ def faster_progress(before: Series, since: Series, at: int | None = None, price:
 def better_mode(trial: Trial, since: Series, validation: float | None, price: float = 1.0) -> Verdict:
     """A mode stays if it is faster, and where the user shows a validation loss, only if that did not get worse."""
     progress = faster_progress((trial.steps_before, trial.losses_before), since, trial.event.step, price)
-    if validation is None or trial.validation is None:
-        return progress
-    words = f"validation loss {trial.validation:.4g} -> {validation:.4g}"
-    no_worse = validation <= trial.validation
-    return Verdict(progress.kept if no_worse else False, f"{progress.result}, {words}")
+    return no_worse(progress, trial.validation, validation)
+
+
+def no_worse(verdict: Verdict, before: float | None, now: float | None) -> Verdict:
+    """The verdict, but against what the user's validation loss got worse by."""
+    if before is None or now is None:
+        return verdict
+    return Verdict(verdict.kept if now <= before else False, f"{verdict.result}, validation loss {before:.4g} -> {now:.4g}")
 
 
 def better_validation(before: Sequence[Look], since: Sequence[Look]) -> Verdict:

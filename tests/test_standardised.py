@@ -10,7 +10,10 @@ from torch import nn
 from adaptive_opt import AdaptiveOptimizer, ConstantPolicy, LanczosProbe, RulePolicy
 from adaptive_opt.interventions import Snapshot
 from adaptive_opt.modes import Standardised
+from adaptive_opt.parallel import ProcessLost
 from adaptive_opt.policy import TABLE
+from adaptive_opt.records import Decision, Event, Trend
+from adaptive_opt.verify import Trial
 
 OFF = LanczosProbe(overhead=0)
 LOSS, SQUARES = nn.CrossEntropyLoss(), nn.MSELoss()
@@ -31,6 +34,28 @@ def net(bias=True):
 def wrapped(model, base, loss_fn=LOSS, **more):
     given = {"probe": OFF, "policy": ConstantPolicy("standardised"), **more}
     return AdaptiveOptimizer(base, model, loss_fn=loss_fn, **given)
+
+
+def raw():
+    x, _, y = data()
+    return x.float(), y
+
+
+def ruled(model, base, **more):
+    return AdaptiveOptimizer(base, model, loss_fn=LOSS, probe=LanczosProbe(price=1.0), **more)
+
+
+def told(optimizer, model, batches, y, name="standardised"):
+    """The events of this name, one training step a batch."""
+    said = []
+    for x in batches:
+        train(optimizer, model, x, y, 1)
+        said += [e for e in optimizer.report.events if name in (None, e.name)]
+    return said
+
+
+def layers(optimizer):
+    return optimizer.control.modes["standardised"].state_dict()["layers"]
 
 
 def train(optimizer, model, x, y, steps, loss_fn=LOSS):
@@ -225,26 +250,28 @@ def test_the_rules_standardise_raw_data_at_the_first_step_and_keep_it(base):
         said += [e for e in optimizer.report.events if e.name == "standardised"]
     assert [(e.step, e.outcome) for e in said] == [(0, "pending"), (0, "kept")]
     assert "features as large as" in said[0].seen
+    assert "layer 0 starts as for standardised features, loss 7.473 -> 0.7076; this batch's step was skipped" in said[0].done
+    assert said[1].result.startswith("loss 0.7076 -> ")  # of the other start
     assert optimizer.report.mode == "standardised"
     assert losses[-1] < 0.5 * train(BASES[base](bare.parameters()), bare, x, y, 60)[-1]
 
 
-def test_where_a_normalisation_takes_the_scale_out_nothing_is_done():
+@pytest.mark.parametrize(
+    "base", [BASES["adamw"], lambda p: torch.optim.SGD(p, lr=50.0)], ids=["adamw", "sgd, and damp has its turn"]
+)
+def test_where_a_normalisation_takes_the_scale_out_the_run_goes_as_without_the_rule(base):
     x, _, y = data(offset=0.0)
-    made = []
+    made, others = [], []
     for interested in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)).double()
         table = [rule for rule in TABLE if interested or rule.treatment != "standardised"]
-        base = BASES["adamw"](model.parameters())
-        given = {"probe": LanczosProbe(price=1.0), "policy": RulePolicy(table=table, tries=())}
-        optimizer = AdaptiveOptimizer(base, model, loss_fn=LOSS, **given)
-        said = []
-        for _ in range(12):
-            train(optimizer, model, x / x.std(0)[:1] * 100, y, 1)
-            said += [e.done for e in optimizer.report.events if e.name == "standardised"]
-        assert said == ["found nothing that helps"] * interested
+        optimizer = ruled(model, base(model.parameters()), policy=RulePolicy(table=table, tries=()))
+        said = told(optimizer, model, [x / x.std(0)[:1] * 100] * 12, y, None)
+        assert [e.done for e in said if e.name == "standardised"] == ["found nothing that helps"] * interested
+        others.append([e for e in said if e.name != "standardised"])
         made.append(copy.deepcopy(model.state_dict()))
+    assert others[0] == others[1]
     assert all(torch.equal(made[0][k], v) for k, v in made[1].items())
 
 
@@ -286,6 +313,185 @@ def test_a_broken_first_batch_is_not_taken_for_raw_data():
     assert (event.outcome, event.result) == ("reverted", "the next batch is of another size")
     assert (optimizer.report.mode, optimizer.report.stepped) == ("base", False)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["frozen", "no gradient", "lr 0", "frozen bias"])
+def test_what_is_not_trained_is_not_overwritten(how):
+    x, y = raw()
+    model = net().float()
+    first = model[0]
+    still = [first.bias] if how == "frozen bias" else [first.weight, first.bias]
+    for p in still:
+        p.requires_grad_(how not in ("frozen", "frozen bias"))
+    groups = [{"params": first.parameters(), "lr": 0.0 if how == "lr 0" else 0.01}, {"params": model[2].parameters()}]
+    optimizer = wrapped(model, torch.optim.SGD(groups, lr=0.01))
+    before = [p.clone() for p in still]
+    for _ in range(10):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        if how == "no gradient":
+            first.weight.grad = first.bias.grad = None
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(still, before, strict=True))
+    assert (0 in layers(optimizer)) == (how == "frozen bias")
+    assert how != "frozen bias" or layers(optimizer)[0]["bias"] is None
+
+
+@pytest.mark.parametrize("at", [10, 40])
+def test_a_return_stays_in_the_mode_that_the_parameters_are_of(at):
+    """In its trial, which goes on, and after."""
+    x, y = raw()
+    model = net().float()
+    optimizer = ruled(model, torch.optim.AdamW(model.parameters(), lr=0.01), policy=RulePolicy(tries=()))
+    said = told(optimizer, model, [x * torch.nan if at <= i < at + 3 else x for i in range(80)], y, None)
+    assert any(e.name == "rollback" and "went back to the parameters" in e.done for e in said)
+    assert [(e.step, e.outcome) for e in said if e.name == "standardised"] == [(0, "pending"), (0, "kept")]
+    assert optimizer.report.mode == "standardised"
+    assert optimizer.report.loss < 0.1
+
+
+def test_a_broken_batch_among_the_first_five_does_not_end_the_trial():
+    x, y = raw()
+    model = net().float()
+    optimizer = ruled(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    said = told(optimizer, model, [x * 1e5 if i == 3 else x for i in range(30)], y, None)
+    assert any("the batch of step 3 lost" in e.seen and "went back" in e.done for e in said)
+    assert [e.outcome for e in said if e.name == "standardised"] == ["pending", "kept"]
+
+
+def test_a_trial_whose_mode_is_left_ends_with_an_event():
+    class AtOnce(RulePolicy):
+        def decide(self, diagnosis, history):
+            if history.step == 0:
+                return Decision("kfac", reason="at once", expects="progress a step")
+            return super().decide(diagnosis, history)
+
+    _, z, y = data()
+    z, model = z.float(), net().float()
+    optimizer = ruled(model, torch.optim.AdamW(model.parameters(), lr=0.01), policy=AtOnce())
+    said = told(optimizer, model, [z * 1e5 if i == 3 else z for i in range(8)], y, "kfac")
+    assert [(e.outcome, e.result) for e in said[:2]] == [("pending", ""), ("done", "no verdict: cut short by rollback")]
+    assert optimizer.control.trial is None
+
+
+@pytest.mark.parametrize("worse", ["loss", "validation"])
+def test_it_is_taken_back_to_the_users_start_where_the_other_one_leads_to_worse(worse):
+    x, y = raw()
+    model = net().float()
+    before = copy.deepcopy(model.state_dict())
+    asked = []
+
+    def validate():
+        asked.append(0.0)
+        return float(len(asked))
+
+    base = torch.optim.SGD(model.parameters(), lr=10.0 if worse == "loss" else 0.1)
+    more = {"validate": validate} if worse == "validation" else {}
+    optimizer = ruled(model, base, policy=RulePolicy(tries=()), **more)
+    *_, last = told(optimizer, model, [x] * 26, y)
+    assert last.outcome == "reverted"
+    assert ("validation loss " in last.result) == (worse == "validation")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    told(optimizer, model, [x] * 20, y)
+    assert optimizer.report.mode == "base"  # no snapshot leads there again
+
+
+@pytest.mark.parametrize("losses", [[], [0.7] * 9])
+def test_another_modes_trial_without_losses_is_undecided(losses):
+    _, z, y = data()
+    model = net()
+    optimizer = ruled(model, BASES["adamw"](model.parameters()))
+    train(optimizer, model, z, y, 20)
+    control = optimizer.control
+    control.signals.forget()
+    trial = Trial("kfac", Event(10, "kfac", "", ""), 20, 0.7, list(range(len(losses))), losses)
+    assert control._judge(trial, Trend(20, 0.6, 1.0), control.gate.context(control.modes["base"]), []).kept is None
+
+
+def test_a_batch_that_cannot_be_believed_is_not_replayed_on_entry():
+    x, y = raw()
+    model, twin, calls = net().float(), net().float(), []
+    optimizer = AdaptiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-3), model, probe=OFF, policy=ConstantPolicy("standardised")
+    )
+
+    def closure():
+        calls.append(x * (-1) ** len(calls))  # another batch each time
+        optimizer.zero_grad()
+        loss = LOSS(model(calls[-1]), y)
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="does not reproduce the one that backward left"):
+        optimizer.step(closure)
+    train(torch.optim.SGD(twin.parameters(), lr=1e-3), twin, x, y, 1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    for _ in range(2):
+        optimizer.step(closure)
+        assert not optimizer.report.events  # said once
+    assert (len(calls), optimizer.report.mode) == (2 + 1 + 1, "base")
+
+
+def test_constant_features_do_not_count_for_the_unit():
+    x, y = raw()
+    x = (x - x.mean(0)) / x.std(0) * torch.tensor([100.0, 80.0, 0.0, 0.0, 0.0, 0.0])
+    model = net().float()
+    optimizer = wrapped(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    train(optimizer, model, x, y, 1)
+    assert len(layers(optimizer)[0]["spread"].unique()) == 1
+
+
+def test_an_automatic_step_size_stays_in_its_coordinates():
+    x, y = raw()
+    model = net().float()
+    optimizer = ruled(model, torch.optim.AdamW(model.parameters(), lr=0.01), step_size="auto", policy=RulePolicy(tries=()))
+    assert told(optimizer, model, [x] * 5, y) == []
+    assert optimizer.report.mode == "base"
+
+
+def test_where_it_finds_nothing_another_mode_goes_on_as_it_was():
+    class Asks(ConstantPolicy):
+        def decide(self, diagnosis, history):
+            tried = history.step == 5 and "standardised" not in history.not_before
+            return Decision("standardised", expects="less") if tried else super().decide(diagnosis, history)
+
+    _, z, y = data()
+    made = []
+    for policy in (Asks("kfac"), ConstantPolicy("kfac")):
+        model = net()
+        optimizer = wrapped(model, BASES["adamw"](model.parameters()), policy=policy)
+        said = told(optimizer, model, [z] * 15, y)
+        assert [e.done for e in said] == ["found nothing that helps"] * isinstance(policy, Asks)
+        assert optimizer.control.mode_since == 0
+        made.append(list(model.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(*made, strict=True))
+
+
+def test_a_lost_process_is_not_taken_for_a_batch_that_is_gone():
+    x, y = raw()
+    model = net().float()
+    before = copy.deepcopy(model.state_dict())
+
+    def objective():
+        if not torch.equal(model[0].weight, before["0.weight"]):
+            raise ProcessLost("one of them has ended")
+        return LOSS(model(x), y)
+
+    given = {"probe": OFF, "policy": ConstantPolicy("standardised")}
+    optimizer = AdaptiveOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, objective=objective, **given)
+    objective().backward()
+    with pytest.raises(ProcessLost, match="one of them has ended"):
+        optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_was_evaluated_is_charged():
+    x, y = raw()
+    for batch, passes in ((x, 3), (x / 1e4, 1)):
+        model = net().float()
+        optimizer = wrapped(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+        train(optimizer, model, batch, y, 1)
+        assert optimizer.report.treatment_cost == pytest.approx(0.35 * passes)
 
 
 def test_bad_input_is_quoted():

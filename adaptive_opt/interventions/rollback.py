@@ -97,6 +97,10 @@ class Rollback:
         done = f"went back to the parameters of step {self.latest.step}"
         return Applied(done, skip=True, moved=True, back_to=self.latest, forget=True)
 
+    def forget(self) -> None:
+        """The run begins again elsewhere: no snapshot is of it."""
+        self.latest = self.best = self.best_level = None
+
     def expect_cliffs(self) -> None:
         """From here on gradients are held near the norm that is usual in the steps to come."""
         self.clip, self.learned, self.cliffs = None, [], True

@@ -15,6 +15,15 @@ from adaptive_opt.objective import Objective
 from adaptive_opt.parallel import ALONE, Team
 
 
+@dataclass(frozen=True)
+class Moved:
+    """What a mode has changed at `enter`."""
+
+    done: str
+    before: float  # loss of the batch where the parameters were
+    after: float  # and where they are now
+
+
 @dataclass
 class StepContext:
     """What a mode or an intervention may use in one step."""
@@ -27,7 +36,7 @@ class StepContext:
     cost: float = 0.0  # gradient-equivalents that were spent on replays, added up by whoever spends them
     failure: Exception | None = None  # a replay that raised; whoever caught it went on without
     costs: tuple[float, float] | None = None  # of a cheap and of a full reading, where several processes agreed on them
-    moved: bool = False  # the mode that was entered has changed the parameters: the gradients are of where they were
+    moved: Moved | None = None  # the mode that was entered has changed the parameters: the gradients are of where they were
     short: bool = False  # a process has no batch left (Join): nothing that needs all of them can be done
     team: Team = ALONE  # the processes that take this step together
     given: Sequence[Tensor] = ()  # every gradient of this step, sparse and complex ones too
@@ -52,9 +61,10 @@ def all_params(base: Optimizer) -> list[Tensor]:
 class Mode(Protocol):
     """Takes the step. Hyperparameters belong to the constructor, the problem to the context.
 
-    A mode may also have `stronger()`, the next larger dose in words, or None (sam); `helps`, False where it found at `enter`
-    that it has nothing to do; and `holds(ctx)`, False where a later batch does not show what it was entered for
-    (standardised).
+    A mode may also have `stronger()`, the next larger dose in words, or None (sam). One that changes the parameters at `enter`
+    (`ctx.moved`) has `helps(ctx)`, which says before whether that lowers the loss of this batch, and changes nothing: no trial
+    begins where it does not. Both replay, so they wait for a trusted batch. Such a mode stays on after a return into it; and
+    its `holds(ctx)` is False where a later batch does not show what it was entered for (standardised).
     """
 
     name: str

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_opt.curvature import flatten
-from adaptive_opt.modes.base import StepContext, all_params
-from adaptive_opt.objective import Objective
+from adaptive_opt.modes.base import Moved, StepContext, all_params
+from adaptive_opt.parallel import ProcessLost
 from adaptive_opt.records import RAW
 from adaptive_opt.sharded import is_sharded
 
@@ -24,6 +24,7 @@ FEWEST = 32  # rows of a layer's input from which a spread is worth the name
 UNITS = 30.0  # times the median spread that the largest of features in one unit is, at most (docs/evidence.md, "raw features")
 WORTH = 0.5  # of the loss, at most, must be left at the other start (docs/evidence.md, "raw features")
 ALIKE = 10.0  # times, by which the sizes of two batches of the same data differ at most
+FORWARD = 0.35  # of a gradient's cost
 CONSTANT = 1e-6  # of a feature's root mean square: a spread that is less is rounding
 
 
@@ -34,6 +35,7 @@ class Inputs:
     bias: int | None  # its position among the base's parameters; None: there is none, and z is not centred
     mean: Tensor  # (n,) n inputs (of a convolution: channels)
     spread: Tensor  # (n,)
+    name: str = ""  # of the layer
 
     @property
     def size(self) -> float:
@@ -63,13 +65,15 @@ class Standardised:
     W~ z + b~. The base steps with W~, b~ and their gradients, its averages are of those, and the difference goes back to W
     and b: the model stays what it is, and learns what it would learn from standardised data.
 
-    Where it lowers the loss of the batch clearly, the weights first become what they would have been at the start there,
-    W <- W / spread and b <- b - W mean / spread; `ctx.moved` then says that the gradients are of another place. Elsewhere, as
-    where something was learned, the function stays. Weight decay shrinks W~. Without a bias nothing is centred.
+    Where it lowers the loss of the batch clearly (`helps`), the weights first become what they would have been at the start
+    there, W <- W / spread and b <- b - W mean / spread; `ctx.moved` then says that the gradients are of another place.
+    Elsewhere, as where something was learned, the function stays. Weight decay shrinks W~. Without a bias that is trained
+    nothing is centred.
 
     The next batch must be of about the same size (`holds`): a first batch that is broken looks like data that nobody scaled.
 
-    Linear layers and convolutions without groups, of weights that no other layer has, in 32 bits and more.
+    Linear layers and convolutions without groups, of weights that no other layer has, in 32 bits and more, that are trained:
+    with a gradient in this step, in a group whose learning rate is not 0. Of several processes all must feed the same layers.
 
     raw: root mean square of a layer's largest feature, beyond which it counts (docs/evidence.md, "raw features").
     """
@@ -84,7 +88,6 @@ class Standardised:
         self.raw = raw
         self._model: nn.Module | None = None
         self._layers: dict[int, Inputs] = {}  # by the position of the weight
-        self.helps = False  # the loss of the batch at which it began was clearly lower at the other start
         self.sure = False  # another batch was of that size
 
     def refuses(self, base: Optimizer) -> str | None:
@@ -96,29 +99,25 @@ class Standardised:
         self._model = model
 
     @torch.no_grad()
+    def helps(self, ctx: StepContext) -> bool:
+        """Whether the loss of this batch is clearly lower at the other start, which is only looked at."""
+        return self._begun(ctx, stay=False)[1] is not None
+
+    @torch.no_grad()
     def enter(self, ctx: StepContext) -> None:
-        self._layers, self.helps, self.sure = {}, False, False
-        if self._model is None or ctx.objective is None:
-            return
-        try:
-            self._layers = self._measured(self._model, ctx.objective, all_params(ctx.base))
-            ctx.cost += 1.0  # three forward passes
-            if self._layers:
-                self._start_over(ctx, ctx.objective)
-            self.helps = ctx.moved
-        except Exception as error:  # the batch cannot be had again: the base's own step
-            ctx.failure, self._layers = error, {}
+        self.sure = False
+        self._layers, ctx.moved = self._begun(ctx)
         self._forget(ctx)
 
     @torch.no_grad()
     def holds(self, ctx: StepContext) -> bool:
         """Whether the data of this batch is of the size that it was taken for; asked until one batch has shown that it is."""
-        if self.sure or self._model is None or ctx.objective is None:
+        if self.sure:
             return True
-        now = self._measured(self._model, ctx.objective, all_params(ctx.base))
-        ctx.cost += 0.35  # a forward pass
-        self.sure = all(i in now and 1 / ALIKE < now[i].size / x.size < ALIKE for i, x in self._layers.items())
-        return self.sure
+        now = self._measured(ctx, 0.0)
+        alike = [1 / ALIKE < now[i].size / x.size < ALIKE for i, x in self._layers.items() if i in now]
+        self.sure = len(alike) == len(self._layers)
+        return all(alike)
 
     @torch.no_grad()
     def exit(self, ctx: StepContext) -> None:
@@ -152,53 +151,86 @@ class Standardised:
             if b is not None and db is not None:
                 b.add_(db)
 
-    def _measured(self, model: nn.Module, objective: Objective, params: list[Tensor]) -> dict[int, Inputs]:
+    def _begun(self, ctx: StepContext, stay: bool = True) -> tuple[dict[int, Inputs], Moved | None]:
+        """The layers, and what was gained by the other start; neither where the batch cannot be had again."""
+        try:
+            layers = self._measured(ctx, self.raw)
+            return layers, self._start_over(ctx, layers, stay)
+        except ProcessLost:
+            raise
+        except Exception as error:
+            ctx.failure = error
+            return {}, None
+
+    def _measured(self, ctx: StepContext, least: float) -> dict[int, Inputs]:
         """Means and spreads of what the batch feeds to the layers at the front, over all processes."""
-        positions = {id(p): i for i, p in enumerate(params)}
+        model, objective = self._model, ctx.objective
+        if model is None or objective is None:
+            return {}
+        team, params = objective.team, all_params(ctx.base)
+        ctx.cost += FORWARD
         with objective.replay() as evaluate, _fed(model) as sums:
-            objective.team.together(evaluate)
+            team.together(evaluate)
         uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+        trained = {id(params[i]): i for i in ctx.indices if float(ctx.group_of(params[i])["lr"]) != 0}
+        trained = {key: i for key, i in trained.items() if uses[key] == 1}
+        met: list[tuple[str, int, int | None]] = []
+        parts: list[Tensor] = []
+        for name, module in model.named_modules():
+            seen, index = sums.get(module), trained.get(id(getattr(module, "weight", None)))
+            if seen is not None and index is not None and params[index].dtype in WIDE:
+                met.append((name, index, trained.get(id(module.bias))))
+                parts.append(flatten(seen))
+        if not team.same(met):
+            return {}
         found: dict[int, Inputs] = {}
-        for module, parts in sums.items():
-            index = positions.get(id(module.weight))
-            if parts is None or index is None or uses[id(module.weight)] > 1 or params[index].dtype not in WIDE:
-                continue
-            own = getattr(module, "bias", None)
-            bias = None if own is None else positions.get(id(own))
-            total = flatten(parts)
+        for (name, index, bias), total in zip(met, map(team.total, parts), strict=True):
             count, first, second = total[0], *total[1:].chunk(2)
-            count, first, second = (objective.team.total(t) for t in (count, first, second))
             if not float(count) >= FEWEST:
                 continue
             first, second = first / count, second / count
-            if not float(second.max().sqrt()) > self.raw:
+            if not float(second.max().sqrt()) > least:
                 continue
             mean = torch.zeros_like(first) if bias is None else first
             spread = (second - mean * mean).clamp_min(0).sqrt()
-            if float(spread.max()) < UNITS * float(spread.median()):  # of one kind
+            real = spread[spread > CONSTANT * second.sqrt()]
+            if len(real) and float(real.max()) < UNITS * float(real.median()):  # of one kind
                 spread = spread.square().mean().sqrt().expand_as(spread)
             spread = torch.where(spread > CONSTANT * second.sqrt(), spread, torch.ones_like(spread))
             like = params[index]
-            found[index] = Inputs(bias, mean.to(like), spread.to(like))
+            found[index] = Inputs(bias, mean.to(like), spread.to(like), name)
         return found
 
-    def _start_over(self, ctx: StepContext, objective: Objective) -> None:
+    def _start_over(self, ctx: StepContext, layers: dict[int, Inputs], stay: bool) -> Moved | None:
         """The weights that the start would have drawn for standardised features, where the loss is lower there."""
-        params = all_params(ctx.base)
-        before = objective.loss()
-        kept = [(params[k], params[k].clone()) for i, x in self._layers.items() for k in (i, x.bias) if k is not None]
+        if not layers:
+            return None
+        params, moved = all_params(ctx.base), None
+        before = self._loss(ctx)
+        kept = [(params[k], params[k].clone()) for i, x in layers.items() for k in (i, x.bias) if k is not None]
         try:
-            for i, x in self._layers.items():
+            for i, x in layers.items():
                 b = None if x.bias is None else params[x.bias]
                 W, shifted = x.back(params[i], b)
                 params[i].copy_(W)
                 if b is not None and shifted is not None:
                     b.copy_(shifted)
-            ctx.moved = before > 0 and objective.loss() < WORTH * before
+            after = self._loss(ctx)
+            if before > 0 and after < WORTH * before:
+                names = ", ".join(x.name for x in layers.values())
+                who = f"layer {names} starts" if len(layers) == 1 else f"layers {names} start"
+                moved = Moved(f"{who} as for standardised features", before, after)
         finally:
-            if not ctx.moved:
+            if moved is None or not stay:
                 for p, value in kept:
                     p.copy_(value)
+        return moved
+
+    @staticmethod
+    def _loss(ctx: StepContext) -> float:
+        assert ctx.objective is not None
+        ctx.cost += FORWARD
+        return ctx.objective.loss()
 
     def _forget(self, ctx: StepContext) -> None:
         """The base's averages of these layers are of other coordinates: they begin anew."""
@@ -230,12 +262,12 @@ def _fed(model: nn.Module) -> Iterator[dict[nn.Module, list[Tensor] | None]]:
         if not isinstance(x, Tensor) or known is None or x.requires_grad or not x.is_floating_point():
             sums[module] = None
             return
-        wide = torch.float32 if x.device.type == "mps" else torch.float64  # an offset cancels in the spread
+        x = x.cpu().double() if x.device.type == "mps" else x.double()  # an offset takes the digits of the spread
         if isinstance(module, nn.Linear):
-            a = x.reshape(-1, x.shape[-1]).to(wide)
+            a = x.reshape(-1, x.shape[-1])
         else:
             space = 1 if isinstance(module, nn.Conv1d) else 2
-            a = x.reshape(-1, *x.shape[-space - 1 :]).transpose(0, 1).flatten(1).T.to(wide)
+            a = x.reshape(-1, *x.shape[-space - 1 :]).transpose(0, 1).flatten(1).T
         new = [a.new_full((1,), len(a)), a.sum(0), (a * a).sum(0)]
         sums[module] = [old + more for old, more in zip(known, new, strict=True)] if known else new
 

@@ -527,11 +527,12 @@ class Controller:
 
     def _agrees(self, ctx: StepContext) -> None:
         """Whether the gradients of successive batches agree, where a mode may be tried for it."""
-        if self.mode != "base" or not self.agreement.due(self.steps) or ctx.short or not ctx.params:
-            return
         tries = self.available.intersection(getattr(self.policy, "tries", ()))
         soon = any(self.not_before.get(name, 0) <= self.steps + WINDOW for name in tries)
-        if soon and self.agreement.see(self.steps, ctx.params, ctx.indices):
+        due = soon and self.agreement.due(self.steps) and bool(ctx.params) and not ctx.short
+        if not due or not self._history().free_to_try:
+            self.agreement.forget()
+        elif self.agreement.see(self.steps, ctx.params, ctx.indices):
             self.agreement.mean = self.team.first(self.agreement.mean)
 
     def _look(self, ctx: StepContext, sick: bool, events: list[Event]) -> Sequence[Look] | None:

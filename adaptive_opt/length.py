@@ -53,11 +53,18 @@ class StepLength:
 
     @contextmanager
     def watching(self, params: Sequence[Tensor], indices: Sequence[int]) -> Iterator[None]:
-        """Judges the last step by the gradients at its end; the coming one is taken inside, at `scale`."""
-        g, before = _gradients(params), flatten(params)
+        """Judges the last step by the gradients at its end; the coming one is taken inside, at `scale`.
+
+        Where that raises nothing was judged.
+        """
+        g, before, as_it_was = _gradients(params), flatten(params), self.state_dict()
         size = norm(g)
         grown = self._judge(g, size, tuple(indices))
-        yield
+        try:
+            yield
+        except BaseException:
+            vars(self).update(as_it_was)
+            raise
         moved = flatten(params).sub_(before)
         length = norm(moved)
         held = torch.ones_like(length)

@@ -277,7 +277,7 @@ class AdaptiveOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, loaded)
             loaded = loaded if changed is None else dict(changed)
-        adaptive = loaded.pop("adaptive", self._beginning)
+        adaptive = {**self._beginning, **loaded.pop("adaptive", {})}  # what an older version did not write starts again
         self.control.check(adaptive)
         self.base.load_state_dict(loaded)
         self._link(self.base)

@@ -56,11 +56,11 @@ class RulePolicy:
     twice as long each time (the controller keeps the date in `History.not_before`). A mode that was kept stays until the
     run breaks in it.
 
-    tries: modes that are tried also where nothing stands out, once the base has taken `after` steps and the gradients of
-    successive batches agree: below a |cosine| of `agrees` there is more than twice as much noise in them as signal, and
-    curvature is not what limits the run. Above it no number that a short run can afford tells whether they are faster
-    (docs/evidence.md, "who need not try kfac"), their trial does. They are left when they gain no more, and when all labels are
-    learnt: what is gained from there on is confidence in noise, which only validation would show.
+    tries: modes that are tried also where nothing stands out, once the base has taken `after` steps (at the run's start 25 at
+    least: before that no agreement is known) and the gradients of successive batches agree: below a |cosine| of `agrees` there
+    is more than twice as much noise in them as signal, and curvature is not what limits the run. Above it no number that a
+    short run can afford tells whether they are faster (docs/evidence.md, "who need not try kfac"), their trial does. They are
+    left when they gain no more, and when all labels are learnt: what is gained from there on is confidence in noise, which only validation would show.
     """
 
     dwell: int = 50
@@ -107,10 +107,7 @@ class RulePolicy:
     def _untried(self, history: History) -> Decision | None:
         """A mode whose trial nothing stands in the way of."""
         if (
-            not history.can_try
-            or history.ending
-            or history.learnt
-            or history.mode != "base"
+            not history.free_to_try
             or history.trial is not None
             or history.step - history.mode_since < self.after
             or history.agreement is None

@@ -280,3 +280,8 @@ class History:
     agreement: float | None = None  # mean |cosine| between the gradients of successive batches; None: not seen lately
     learnt: bool = False  # a cross-entropy so low that nearly every label is predicted for certain
     ending: bool = False  # the schedule's learning rate is below a tenth of its peak
+
+    @property
+    def free_to_try(self) -> bool:
+        """In the base, and nothing about the run stands in the way of a mode that is tried without a cause."""
+        return self.mode == "base" and self.can_try and not self.ending and not self.learnt

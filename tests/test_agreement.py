@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,3 +228,52 @@ def test_who_tries_nothing_compares_nothing():
     wrapped = optimizer_of(task, RulePolicy(tries=()))
     train(task, wrapped, range(30))
     assert wrapped.control.agreement.seen == -1
+
+
+def test_a_window_in_which_another_mode_is_switched_on_is_let_go_of():
+    class Early(RulePolicy):
+        def decide(self, diagnosis, history):
+            return replace(super().decide(diagnosis, history), mode="kfac" if history.step >= 20 else "base")
+
+    torch.manual_seed(0)
+    task = Canyon(seed=0)
+    wrapped = optimizer_of(task, Early())
+    train(task, wrapped, range(20))
+    assert wrapped.control.agreement.last is not None
+    train(task, wrapped, range(20, 22))
+    assert wrapped.control.mode == "kfac"
+    assert (wrapped.control.agreement.last, wrapped.control.agreement.cosines) == (None, [])
+
+
+@pytest.mark.parametrize("why", ["the probe is idle", "the schedule ends", "all labels are learnt", "damp holds the step"])
+def test_nothing_is_compared_where_no_mode_may_be_tried(why):
+    torch.manual_seed(0)
+    task = Canyon(seed=0)
+    wrapped = optimizer_of(task)
+    if why == "the probe is idle":
+        wrapped.control.probe = LanczosProbe(overhead=0)
+    train(task, wrapped, range(15))
+    if why == "the schedule ends":
+        wrapped.param_groups[0]["lr"] *= 0.01
+    if why == "all labels are learnt":
+        wrapped.control.signals.nats = [0.001] * 15
+    if why == "damp holds the step":
+        wrapped.control.damp.scale = 0.5
+    train(task, wrapped, range(15, 20))
+    assert wrapped.control.agreement.seen == -1
+
+
+def test_a_checkpoint_of_before_there_was_agreement_takes_none_over_from_the_run_that_is_left():
+    torch.manual_seed(0)
+    old, used = Canyon(seed=0), Canyon(seed=0)
+    a, b = optimizer_of(old), optimizer_of(used)
+    train(old, a, range(5))
+    train(used, b, range(30))
+    assert b.control.agreement.mean is not None
+    state = copy.deepcopy(a.state_dict())
+    for part in ("agreement", "stays", "validation"):
+        del state["adaptive"][part]
+    del state["adaptive"]["signals"]["nats"]
+    b.load_state_dict(state)
+    assert (b.control.agreement.mean, b.control.agreement.seen, b.control.stays.stays) == (None, -1, [])
+    assert b.control.signals.nats == [math.inf] * 5

@@ -122,6 +122,20 @@ def test_what_cannot_be_judged_changes_nothing():
     assert length.scale == 1.0
 
 
+def test_a_step_that_raises_leaves_the_length_as_it_was():
+    length, w = StepLength(), torch.nn.Parameter(torch.ones(3))
+    for _ in range(3):
+        w.grad = w.detach().clone()
+        with length.watching([w], [0]), torch.no_grad():
+            w.sub_(0.01 * length.scale * w.grad)
+    before = length.state_dict()
+    w.grad = w.detach().clone()
+    with pytest.raises(ArithmeticError), length.watching([w], [0]):
+        assert length.scale != before["scale"]
+        raise ArithmeticError
+    assert all(length.state_dict()[name] is value for name, value in before.items())
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_length_as_it_was():
     w = torch.nn.Parameter(torch.ones(3))
     w.grad = torch.ones(3)

@@ -29,7 +29,7 @@ class Rule:
     urgent: bool = False  # treated at once, also while something else is on trial
     again: bool = False  # in that mode, it is given in a larger dose
     leaves: tuple[str, ...] = ()  # modes beside the base that are left for it
-    alone: bool = False  # nothing else is done in that step
+    alone: bool = False  # nothing else is done in that step, unless it finds nothing that helps
     needs: str = ""  # "replay", "validate" or nothing
 
 

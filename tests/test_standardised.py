@@ -388,10 +388,13 @@ def test_it_is_taken_back_to_the_users_start_where_the_other_one_leads_to_worse(
     base = torch.optim.SGD(model.parameters(), lr=10.0 if worse == "loss" else 0.1)
     more = {"validate": validate} if worse == "validation" else {}
     optimizer = ruled(model, base, policy=RulePolicy(tries=()), **more)
-    *_, last = told(optimizer, model, [x] * 26, y)
+    sick = range(10, 13) if worse == "validation" else ()  # a return shortens and clips the steps of the other start
+    *_, last = told(optimizer, model, [x * torch.nan if i in sick else x for i in range(26)], y)
     assert last.outcome == "reverted"
     assert ("validation loss " in last.result) == (worse == "validation")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    rollback = optimizer.control.interventions["rollback"]
+    assert (rollback.scale, rollback.clip, rollback.latest) == (1.0, None, None)
     told(optimizer, model, [x] * 20, y)
     assert optimizer.report.mode == "base"  # no snapshot leads there again
 

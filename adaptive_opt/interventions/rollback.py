@@ -98,8 +98,10 @@ class Rollback:
         return Applied(done, skip=True, moved=True, back_to=self.latest, forget=True)
 
     def forget(self) -> None:
-        """The run begins again elsewhere: no snapshot is of it."""
-        self.latest = self.best = self.best_level = None
+        """The run begins again elsewhere: no snapshot, and nothing that was held back, is of it."""
+        self.latest = self.best = self.best_level = self.clip = None
+        self.bad = self.good = self.returns = 0
+        self.scale = 1.0
 
     def expect_cliffs(self) -> None:
         """From here on gradients are held near the norm that is usual in the steps to come."""

@@ -582,3 +582,42 @@ def scaled():
 def test_a_gradient_scaler(two):
     one = run("mlp", "sgd", 6, probe=LanczosProbe(every=2, num_steps=3))
     same_run(one, two.run(scaled))
+
+
+class Forked(nn.Module):
+    """Each process calls a first layer of its own, where `apart`; otherwise all call the same."""
+
+    def __init__(self, apart):
+        super().__init__()
+        torch.manual_seed(0)
+        self.firsts, self.last = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8)]), nn.Linear(8, 2)
+        self.which = dist.get_rank() if apart else 0
+
+    def forward(self, x):
+        return self.last(self.firsts[self.which](x).relu())
+
+
+def standardised(apart):
+    model, criterion = DistributedDataParallel(Forked(apart), find_unused_parameters=True), nn.CrossEntropyLoss()
+    optimizer = AdaptiveOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+        model,
+        loss_fn=criterion,
+        probe=LanczosProbe(overhead=0),
+        policy=ConstantPolicy("standardised"),
+    )
+    x = 1000 * torch.randn(64, 6, generator=torch.Generator().manual_seed(dist.get_rank())) + 1000
+    for _ in range(3):
+        optimizer.zero_grad()
+        criterion(model(x), (x[:, 0] > 1000).long()).backward()
+        optimizer.step()
+    inputs = optimizer.control.modes["standardised"].state_dict()["layers"]
+    return [p.detach().clone() for p in model.parameters()], [(i, x["mean"]) for i, x in inputs.items()]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_only_layers_that_all_processes_feed_are_standardised(two, apart):
+    (ours, means), (theirs, others) = two.run(standardised, apart)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert [i for i, _ in means] == [i for i, _ in others] == ([] if apart else [0])
+    assert all(torch.equal(m, n) for (_, m), (_, n) in zip(means, others, strict=True))

@@ -33,7 +33,7 @@ from adaptive_opt.objective import Objective, ReplayError
 from adaptive_opt.parallel import ALONE, ProcessLost, Team
 from adaptive_opt.policy import Policy
 from adaptive_opt.probe import FORWARD, GRADIENT, LanczosProbe
-from adaptive_opt.records import Decision, Event, History, LayerReading, Look, Outlier, Reading, StepReport, Trend
+from adaptive_opt.records import LEARNT, Decision, Event, History, LayerReading, Look, Outlier, Reading, StepReport, Trend
 from adaptive_opt.signals import TAIL, Signals
 from adaptive_opt.stays import Stays
 from adaptive_opt.validation import Validation
@@ -50,7 +50,6 @@ TRUST_MODE, TRUST_READING = 100, 200  # steps after which a mode that replays, o
 FRESH = 10  # steps for which a reading still speaks of the steps that follow it
 GLANCE = 0.1  # of the coming step: at the end of a whole one a loss that grows linearly hides how far it is too long
 OVERSHOOTS = 2.0  # by a glance: then a reading is asked for; docs/evidence.md, "looks ahead"
-LEARNT = 0.01  # nats of a mean cross-entropy: docs/evidence.md, "who need not try kfac"
 COOL_DOWN, MODE_COOL_DOWN = 100, 400  # steps before a treatment, or a mode, that was taken back may be tried again;
 # doubled each time
 
@@ -230,10 +229,10 @@ class Controller:
         return 1.0 if damp is None or damp.looks else min(damp.scale, 1.0)
 
     @property
-    def _learnt(self) -> bool:
-        """A cross-entropy so low that nearly every label is predicted for certain."""
+    def _nats(self) -> float | None:
+        """The level of a mean cross-entropy; None where the loss is nothing of the kind, or too new."""
         recent = self.signals.nats[-FEWEST:]
-        return len(recent) == FEWEST and 0 <= median(recent) < LEARNT
+        return median(recent) if len(recent) == FEWEST else None
 
     @property
     def _validates(self) -> bool:
@@ -591,7 +590,7 @@ class Controller:
             can_try=len(self.signals.losses) >= FEWEST and not self.probe.idle and self._held == 1,
             stays=tuple(self.stays.stays),
             agreement=self.agreement.now(self.steps),
-            learnt=self._learnt,
+            nats=self._nats,
             ending=self._largest_lr < TAIL * self.signals.peak,
         )
 
@@ -769,9 +768,9 @@ class Controller:
         trial = self.trial
         if trial is None or ctx.short:
             return False
-        if trial.name in getattr(self.policy, "tries", ()) and self._learnt:
-            loss = median(self.signals.nats[-FEWEST:])
-            result = f"all labels are learnt (loss {loss:.2g}): nothing left to gain, back to base"
+        nats = self._nats if trial.name in getattr(self.policy, "tries", ()) else None
+        if nats is not None and nats < LEARNT:
+            result = f"all labels are learnt (loss {nats:.2g}): nothing left to gain, back to base"
             events.append(replace(trial.event, outcome="done", result=result))
             self.trial = None
             self._wait(trial.name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from adaptive_opt.records import Condition, Decision, Diagnosis, History
+from adaptive_opt.records import LEARNT, Condition, Decision, Diagnosis, History
 
 LEVELS = 5  # medians of ten steps' losses, twice: the gain of a mode over the last hundred steps
 
@@ -60,7 +60,8 @@ class RulePolicy:
     least: before that no agreement is known) and the gradients of successive batches agree: below a |cosine| of `agrees` there
     is more than twice as much noise in them as signal, and curvature is not what limits the run. Above it no number that a
     short run can afford tells whether they are faster (docs/evidence.md, "who need not try kfac"), their trial does. They are
-    left when they gain no more, and when all labels are learnt: what is gained from there on is confidence in noise, which only validation would show.
+    left when they gain no more. Where labels are learnt, none is tried once nearly all are, and one that is on is left when all
+    are: what is gained from there on is confidence, and only validation would show whether it is true.
     """
 
     dwell: int = 50
@@ -93,7 +94,7 @@ class RulePolicy:
         levels = history.stays[-1].levels[-2 * LEVELS :] if history.stays else ()
         if history.mode not in self.tries or history.trial is not None:
             return None
-        if history.learnt:
+        if history.nats is not None and history.nats < LEARNT:
             return Decision(reason=f"all labels are learnt, {history.mode} has nothing left to gain")
         if len(levels) < 2 * LEVELS:
             return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+NEARLY, LEARNT = 0.1, 0.01  # nats: a mean confidence of 90 and of 99 %; docs/evidence.md, "who need not try kfac"
 RAW = 30.0  # root mean square of a feature from which on data counts as unscaled; docs/evidence.md, "raw features"
 
 
@@ -278,10 +279,11 @@ class History:
     stays: tuple[Stay, ...] = ()  # the latest, oldest first; the last one is the present
     can_try: bool = True  # a mode may be tried without a cause: the loss is seen, and nothing holds the step
     agreement: float | None = None  # mean |cosine| between the gradients of successive batches; None: not seen lately
-    learnt: bool = False  # a cross-entropy so low that nearly every label is predicted for certain
+    nats: float | None = None  # recent level of a mean cross-entropy; None: the loss is nothing of the kind, or too new
     ending: bool = False  # the schedule's learning rate is below a tenth of its peak
 
     @property
     def free_to_try(self) -> bool:
         """In the base, and nothing about the run stands in the way of a mode that is tried without a cause."""
-        return self.mode == "base" and self.can_try and not self.ending and not self.learnt
+        learnt = self.nats is not None and self.nats < NEARLY
+        return self.mode == "base" and self.can_try and not self.ending and not learnt

@@ -130,9 +130,14 @@ def test_a_step_that_raises_leaves_the_length_as_it_was():
             w.sub_(0.01 * length.scale * w.grad)
     before = length.state_dict()
     w.grad = w.detach().clone()
-    with pytest.raises(ArithmeticError), length.watching([w], [0]):
-        assert length.scale != before["scale"]
-        raise ArithmeticError
+
+    def step():
+        with length.watching([w], [0]):
+            assert length.scale != before["scale"]
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        step()
     assert all(length.state_dict()[name] is value for name, value in before.items())
 
 

@@ -830,7 +830,7 @@ class Controller:
             before = [look for look in looks if look.step <= trial.event.step]
             return verify.better_validation(before, self.validation.since(trial.event.step))
         if trial.moved:  # of progress before there is none that compares
-            return verify.no_worse(verify.lower_level(trial.level, since), trial.validation, self._validation(events))
+            return verify.no_worse(verify.below_its_start(trial.level, since), trial.validation, self._validation(events))
         if trial.name in self.modes:
             price = self.team.first(self._price(trial))  # each process measured its own time
             steps = [step for step in (*self.signals.loss_steps, self.steps) if step > trial.event.step][: len(since)]

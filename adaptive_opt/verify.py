@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 from typing import Any
 
 from scipy.stats import linregress
@@ -73,6 +73,20 @@ def lower_level(before: float | None, since: Sequence[float]) -> Verdict:
         return Verdict(True, "no loss to compare")
     now = median(since[-LEVEL:])
     return Verdict(now < before, f"loss {before:.4g} -> {now:.4g}")
+
+
+def below_its_start(level: float | None, since: Sequence[float]) -> Verdict:
+    """The loss's level against the start that a mode has made: the higher of two batches' losses there.
+
+    level: of the batch that it was made on; the next one's is the first since. The level now counts as higher from two
+    standard deviations of the batches' losses, there and now, on.
+    """
+    last = since[-LEVEL:]
+    if level is None or not last:
+        return Verdict(None, "no loss to compare")
+    start, now = max(level, since[0]), median(last)
+    kept = True if now < start else False if now - start > ERRORS * pstdev([level, since[0], *last]) else None
+    return Verdict(kept, f"loss {start:.4g} -> {now:.4g}")
 
 
 Series = tuple[Sequence[int], Sequence[float]]  # steps, and the loss of each

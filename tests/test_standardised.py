@@ -337,6 +337,19 @@ def test_what_is_not_trained_is_not_overwritten(how):
     assert how != "frozen bias" or layers(optimizer)[0]["bias"] is None
 
 
+def test_a_warm_up_is_given_the_time_that_it_takes():
+    """One batch's loss at the other start may be lower than the others' there."""
+    x, y = raw()
+    model = net().float()
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer, said = ruled(model, base, policy=RulePolicy(tries=())), []
+    for step in range(110):
+        base.param_groups[0]["lr"] = 1e-3 * (step + 1) / 500
+        rows = torch.randint(96, (48,), generator=torch.Generator().manual_seed(step))
+        said += told(optimizer, model, [x[rows]], y[rows])
+    assert [e.outcome for e in said][-1] == "kept"
+
+
 @pytest.mark.parametrize("at", [10, 40])
 def test_a_return_stays_in_the_mode_that_the_parameters_are_of(at):
     """In its trial, which goes on, and after."""

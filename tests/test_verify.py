@@ -15,7 +15,7 @@ from adaptive_opt.interventions import Damp
 from adaptive_opt.interventions.base import Patient
 from adaptive_opt.modes import BaseStep, StepContext
 from adaptive_opt.records import Event, Reading, Trend
-from adaptive_opt.verify import Trial, better_mode, faster_progress, slope
+from adaptive_opt.verify import Trial, below_its_start, better_mode, faster_progress, slope
 from experiments.loop import train
 from experiments.tasks.digits import Digits
 
@@ -197,3 +197,16 @@ def test_the_same_seed_gives_the_same_treatments_and_the_same_bits():
     assert first.treatments
     assert first.treatments == second.treatments
     assert_equal(one.model.state_dict().values(), two.model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("since", "kept"),
+    [
+        ([0.70] + [0.65, 0.71] * 6, True),  # lower than the next batch's loss at the start
+        ([0.70] + [0.69, 0.75] * 6, None),  # within the batches' spread
+        ([0.70] + [2.7] * 12, False),
+        ([], None),
+    ],
+)
+def test_a_start_is_compared_within_the_spread_of_batches(since, kept):
+    assert below_its_start(0.68, since).kept is kept

@@ -172,8 +172,8 @@ class Standardised:
         with objective.replay() as evaluate, _fed(model) as sums:
             team.together(evaluate)
         uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-        trained = {id(params[i]): i for i in ctx.indices if float(ctx.group_of(params[i])["lr"]) != 0}
-        trained = {key: i for key, i in trained.items() if uses[key] == 1}
+        moving = [i for i in ctx.indices if float(ctx.group_of(params[i])["lr"]) != 0]
+        trained = {id(params[i]): i for i in moving if uses[id(params[i])] == 1}
         met: list[tuple[str, int, int | None]] = []
         parts: list[Tensor] = []
         for name, module in model.named_modules():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_opt.curvature import Point, layer_spectrum
+from adaptive_opt.curvature.vectors import accumulator
 from adaptive_opt.parallel import ALONE, Team
 from adaptive_opt.records import LayerReading
 
@@ -45,7 +46,7 @@ class _Visit:
     source: Any = None  # node of the graph that the input came from
     output: Point | None = None  # of the activation that consumed the layer's output, if a module did
     problem: str = ""
-    fed: float | None = None  # root mean square of the largest feature, where the input is data
+    fed: Tensor | None = None  # (n + 1,) sums of squares of the features and their count, where the input is data
 
 
 def measure_layers(
@@ -214,7 +215,7 @@ def _watch(
             visit.problem = "it was called without a floating tensor in its first place"
             return None
         alias = caught(x)
-        visit.fed = _largest(module, x) if visit.kind == "weight" and not x.requires_grad else None
+        visit.fed = _squares(module, x) if visit.kind == "weight" and not x.requires_grad else None
         visit.input, visit.source = Point.of(alias), x.grad_fn
         return swapped(args, x, alias), swapped(kwargs, x, alias)
 
@@ -253,12 +254,20 @@ def _watch(
         return evaluate()
 
 
-def _largest(layer: nn.Module, x: Tensor) -> float | None:
-    """Root mean square of the largest feature (of a convolution: channel) of a layer's input."""
+def _squares(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """(n + 1,) sums of squares of the features (of a convolution: channels) of a layer's input, and the count of each."""
     if not isinstance(layer, PLAIN) or not x.numel() or x.dim() < 2:
         return None
-    where = -1 if isinstance(layer, nn.Linear) else 1
-    return float(x.detach().float().square().movedim(where, 0).flatten(1).mean(1).max().sqrt())
+    values = x.detach().to(accumulator(x)).movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+    return torch.cat([values.square().sum(1), values.new_full((1,), values.shape[1])])
+
+
+def _largest(squares: Tensor | None, team: Team) -> float | None:
+    """Root mean square of the largest feature, over all processes' samples."""
+    if squares is None:
+        return None
+    *sums, count = team.total(squares).tolist()
+    return math.sqrt(max(sums) / count)
 
 
 def _with_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -295,7 +304,7 @@ def _measure(visit: _Visit, generator: torch.Generator, num_steps: int, gain: fl
         sigma_min=s.sigma_min,
         sigma_min_error=s.sigma_min_error,
         kind=visit.kind,
-        fed=visit.fed,
+        fed=_largest(visit.fed, team),
     )
 
 

@@ -618,8 +618,7 @@ class Controller:
             event = Event(self.steps, name, why, applied.done, "pending" if on_trial else "done")
             events.append(event)
             if on_trial:
-                if self.trial is not None:
-                    events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
+                self._cut_short(name, events)
                 level = trend.usual_loss if trend.usual_loss is not None else trend.loss
                 self.trial = Trial(name, event, self.steps + applied.trial, level, before=applied.before)
             mode_then = self.mode
@@ -644,10 +643,15 @@ class Controller:
     def _break_off(self, name: str, ctx: StepContext, events: list[Event]) -> None:
         """A mode's trial ends without a verdict."""
         assert self.trial is not None
-        events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
         self.not_before[self.trial.name] = self.steps + COOL_DOWN
-        self.trial = None
+        self._cut_short(name, events)
         self._enter("base", ctx)
+
+    def _cut_short(self, name: str, events: list[Event]) -> None:
+        """What is on trial, if anything is, gets no verdict."""
+        if self.trial is not None:
+            events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
+            self.trial = None
 
     def _goes_on(self, applied: Applied) -> bool:
         """A return into a mode on trial that started over: it will be judged all the same."""
@@ -666,8 +670,7 @@ class Controller:
         if name == "rollback" and self.mode_is_treatment and not stays:
             self.mode_is_treatment = False
             if self.trial is not None and self.trial.name == mode_then:
-                events.append(replace(self.trial.event, outcome="done", result=f"no verdict: cut short by {name}"))
-                self.trial = None
+                self._cut_short(name, events)
             events.append(Event(self.steps, mode_then, "the run broke in this mode", "back to base", "reverted"))
             self._wait(mode_then)
             if self.mode != "base":
